@@ -1,0 +1,31 @@
+"""Quantizers: which weights are stored in how many bits. A quantizer returns a plan and writes no file."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from ...errors import Unavailable, UsageError
+from ...models.workload import Workload
+from ...plan import QuantizationPlan
+
+METHODS = ("int8_dynamic",)
+PLANNED = ("int8", "int4", "fp16", "bf16", "fp8")
+
+
+def get(name: str) -> ModuleType:
+    """The module of a scheme; ``int8-dynamic`` on the command line is ``int8_dynamic`` here."""
+    word = name.replace("-", "_")
+    if word in METHODS:
+        return import_module(f"{__name__}.{word}")
+    known = ", ".join(method.replace("_", "-") for method in METHODS)
+    if name in PLANNED:
+        raise Unavailable(f"The scheme '{name}' is not available yet in this version (available: {known}).")
+    raise UsageError(f"There is no scheme '{name}' (available: {known}; planned: {', '.join(PLANNED)}).")
+
+
+def quantize(workload: Workload, scheme: str = "int8-dynamic", **options: Any) -> QuantizationPlan:
+    """The quantization plan of ``workload`` under ``scheme``; ``options`` are the method's keyword arguments."""
+    plan: QuantizationPlan = get(scheme).quantize(workload, **options)
+    return plan

@@ -1,0 +1,30 @@
+"""INT8 weights, activations quantized as they come.
+
+What    Weights of linear layers in signed 8 bits, one scale per output channel; their inputs are quantized to unsigned
+        8 bits at run time from the tensor's own range. Embedding tables in 8 bits, dequantized at the look-up.
+When    Transformers on a CPU with integer dot products (VNNI, or NEON dotprod); no calibration rows are needed.
+Cost    None beyond writing the file; at run time one pass over each layer's input to find its range.
+Source  onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...models.workload import Workload
+from ...plan import QuantizationPlan
+
+
+def quantize(workload: Workload, *, embeddings: bool = True) -> QuantizationPlan:
+    """Every linear layer inside the blocks and, with ``embeddings``, every embedding table.
+
+    The layers after the last block stay in float: they are a thousandth of the work and decide the answer.
+    """
+    blocks = tuple(f"{block.consumer}." for block in workload.structure.of_kind("block"))
+    weights = {
+        name: "int8"
+        for name, child in workload.module.named_modules()
+        if (isinstance(child, nn.Linear) and name.startswith(blocks))
+        or (embeddings and isinstance(child, nn.Embedding) and child.weight.numel() >= 1 << 16)
+    }
+    return QuantizationPlan("int8-dynamic", weights)

@@ -1,0 +1,132 @@
+"""Artifact: a folder with a deployable file and the manifest that says what it is and proves that it is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InputError
+from ..files import sha256
+from ..plan import read_json
+
+MANIFEST = "manifest.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Axis(_Strict):
+    """A dynamic axis with the range in which parity was proven."""
+
+    name: str
+    min: int
+    max: int
+
+
+class Input(_Strict):
+    dtype: str
+    axes: dict[str, Axis]
+
+
+class Session(_Strict):
+    """What a runtime must be told to run the file as it was measured."""
+
+    disabled_optimizers: tuple[str, ...] = ()
+
+
+class Parity(_Strict):
+    """Artifact against reference, over the shapes that were tried: the worst figure of each."""
+
+    reference: str
+    max_abs: float
+    max_rel: float
+    cosine: float
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Manifest(_Strict):
+    format: int = Field(default=1, ge=1, le=1)
+    name: str
+    runtime: str
+    model_file: str
+    precision: str
+    files: dict[str, str]
+    inputs: dict[str, Input]
+    outputs: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    session: Session = Session()
+    operators: dict[str, int]
+    quantized: dict[str, str] = {}
+    """Node name to weight type, for what does not stay in float."""
+    params: int
+    macs: int
+    parity: Parity | None
+    parent: str | None = None
+    """sha256 of the model file that this one was made from."""
+    tools: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def precision(self) -> str:
+        return self.manifest.precision
+
+    @property
+    def model_file(self) -> Path:
+        return self.folder / self.manifest.model_file
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files a device must hold to run the model: the graph and its data, not the tokenizer."""
+        stem = Path(self.manifest.model_file).stem
+        return sum((self.folder / name).stat().st_size for name in self.manifest.files if Path(name).stem == stem)
+
+
+def seal(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    """Write ``files`` and the manifest, with the checksum of everything in ``folder``; the last step of a write."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    sealed = manifest.model_copy(update={"files": sums})
+    (folder / MANIFEST).write_text(json.dumps(sealed.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    return sealed
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """The artifact in ``folder``, every file checked against its sha256. Raises InputError where one differs."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"There is no artifact folder '{folder}'.")
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder} is not an artifact: it has no {MANIFEST}.")
+    try:
+        manifest = Manifest.model_validate(read_json(folder / MANIFEST))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{folder / MANIFEST} is not valid at '{where}': {first['msg']}.") from error
+    if manifest.model_file not in manifest.files:
+        raise InputError(f"{folder / MANIFEST} gives no checksum for '{manifest.model_file}'.")
+    for name, expected in manifest.files.items():
+        if PurePosixPath(name).name != name or name in {"", ".", ".."}:
+            raise InputError(f"{folder / MANIFEST} names the file '{name}', which is not a plain file name.")
+        path = folder / name
+        if not path.is_file() or path.is_symlink():
+            raise InputError(f"{folder} lacks the file '{name}' that its manifest names.")
+        found = sha256(path)
+        if found != expected:
+            raise InputError(f"{path} is damaged: its sha256 is {found[:12]}…, the manifest says {expected[:12]}….")
+    return Artifact(folder, manifest)

@@ -1,0 +1,277 @@
+"""ONNX Runtime.
+
+What    Writes an ONNX file with dynamic batch and sequence, in float or with integer products, and runs it.
+When    Any CPU. It is the default runtime.
+Cost    An export takes seconds and about twice the model's memory.
+Source  torch.onnx.export (dynamo); onnxruntime.quantization; https://onnxruntime.ai/docs
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ...errors import InputError, UsageError
+from ...files import new_folder, sha256
+from ...models import families
+from ...models.workload import Workload
+from ...plan import QuantizationPlan
+from .. import artifact as artifacts
+from .. import parity
+from ..artifact import Artifact, Manifest, Session
+
+FORMS: dict[str, Session] = {
+    "default": Session(),
+    "unfused-skip-layernorm": Session(disabled_optimizers=("SkipLayerNormFusion",)),
+}
+"""Graph forms worth measuring: which of ONNX Runtime's own rewrites are kept from happening. Its fused
+skip-LayerNorm kernel is slower than Add followed by LayerNormalization on some CPUs."""
+
+MODEL_FILE = "model.onnx"
+
+
+def write(
+    workload: Workload,
+    plan: QuantizationPlan,
+    folder: Path,
+    *,
+    name: str | None = None,
+    form: str = "default",
+    base: Artifact | None = None,
+) -> Artifact:
+    """Export ``workload`` in the precision of ``plan``, prove parity with its module, and seal the folder.
+
+    ``base`` is the float artifact of the same module where there is one already; its graph is used instead of
+    exporting again. Raises ParityError, and leaves nothing behind, where the file does not compute what it should.
+    """
+    if form not in FORMS:
+        raise UsageError(f"There is no graph form '{form}' (known: {', '.join(FORMS)}).")
+    if base is not None and base.precision != "fp32":
+        raise UsageError(f"A graph to quantize must be fp32; {base.folder} is {base.precision}.")
+    with new_folder(folder) as place:
+        path = place / MODEL_FILE
+        graph = onnx.load(base.model_file) if base is not None else export(workload)
+        if plan.scheme == "fp32":
+            onnx.save(graph, path)
+        else:
+            quantize_graph(graph, plan, path)
+        final = onnx.load(path)
+        onnx.checker.check_model(final, full_check=False)
+        manifest = Manifest(
+            name=name or workload.name,
+            runtime="onnx",
+            model_file=MODEL_FILE,
+            precision=plan.scheme,
+            files={},
+            inputs=_inputs(workload),
+            outputs=tuple(output.name for output in final.graph.output),
+            labels=workload.skeleton.labels,
+            session=FORMS[form],
+            operators=dict(sorted(Counter(node.op_type for node in final.graph.node).items())),
+            quantized=dict(plan.weights),
+            params=workload.params,
+            macs=workload.macs,
+            parity=None,
+            parent=sha256(base.model_file) if base is not None else None,
+            tools={tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")},
+        )
+        proof = _prove(workload, Artifact(place, manifest))
+        manifest = manifest.model_copy(update={"parity": proof})
+        manifest = artifacts.seal(place, manifest, workload.files)
+    return Artifact(folder, manifest)
+
+
+def export(workload: Workload) -> onnx.ModelProto:
+    """The float graph of a workload's module: one node per operator, named after the module it comes from."""
+    module = _exportable(workload)
+    axes = workload.input_axes
+    example = torch.ones(2, min(16, workload.max_length), dtype=torch.int64)
+    dims = {axis.name: torch.export.Dim(axis.name, min=axis.min, max=axis.max) for axis in axes["input_ids"].values()}
+    shapes = {name: {index: dims[axis.name] for index, axis in axis_map.items()} for name, axis_map in axes.items()}
+    for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            (example, example),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=list(axes),
+            output_names=["logits"],
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _name_nodes(model)
+    return model
+
+
+class _Logits(nn.Module):
+    """A classifier as a function of two tensors, returning its logits alone."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output = self.classifier(input_ids=input_ids, attention_mask=attention_mask)
+        return output if isinstance(output, Tensor) else output.logits  # type: ignore[no-any-return]
+
+
+def _exportable(workload: Workload) -> nn.Module:
+    """A copy of the module in the shape that gives the leanest graph.
+
+    Eager attention exports to two products and a softmax, which runtimes recognise. The padding mask is handed to the
+    encoder as the additive bias [batch, 1, 1, sequence] that it becomes anyway; left to the library, a dozen index
+    operators build it anew in every run.
+    """
+    module = copy.deepcopy(workload.module)
+    for child in module.modules():
+        if hasattr(child, "set_attn_implementation"):
+            child.set_attn_implementation("eager")
+    path, _ = families.block_list(module, workload.skeleton.family)
+    encoder = module.get_submodule(path.removesuffix(workload.skeleton.family.blocks).removesuffix("."))
+
+    def additive_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs["attention_mask"][:, None, None, :].to(torch.float32)
+        return args, {**kwargs, "attention_mask": (1.0 - mask) * torch.finfo(torch.float32).min}
+
+    encoder.register_forward_pre_hook(additive_mask, with_kwargs=True)
+    return _Logits(module).eval()
+
+
+def _name_nodes(model: onnx.ModelProto) -> None:
+    """Name each node after the module that it comes from, and drop what the exporter noted about its own source."""
+    counts: Counter[str] = Counter()
+    for node in model.graph.node:
+        noted = {prop.key: prop.value for prop in node.metadata_props}
+        scope = noted.get("namespace", "").split("/")
+        module = scope[-2].split(":")[0].strip() if len(scope) > 1 else ""
+        label = f"{module.removeprefix('classifier.')}/{node.op_type}"
+        counts[label] += 1
+        node.name = label if counts[label] == 1 else f"{label}_{counts[label]}"
+        del node.metadata_props[:]
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.metadata_props[:]
+    model.graph.doc_string = ""
+    model.producer_name, model.producer_version = "edgepress", version("edgepress")
+
+
+def quantize_graph(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -> None:
+    """Write ``graph`` with the weights of ``plan`` in 8 bits: per output channel for products, tables as they are.
+
+    Raises InputError where the plan names a module that has no product or table in the graph.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    if plan.scheme != "int8-dynamic":
+        raise UsageError(f"The onnx runtime cannot write the scheme '{plan.scheme}' (it can: fp32, int8-dynamic).")
+    of_module: dict[str, list[str]] = {}
+    for node in graph.graph.node:
+        if node.op_type in {"MatMul", "Gemm", "Gather"}:
+            of_module.setdefault(node.name.rsplit("/", 1)[0], []).append(node.name)
+    missing = [name for name in plan.weights if name not in of_module]
+    if missing:
+        raise InputError(f"The plan quantizes '{missing[0]}', which is not a product or a table in this graph.")
+    logging.getLogger().addFilter(_unprocessed)
+    try:
+        quantize_dynamic(
+            graph,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            nodes_to_quantize=[node for name in plan.weights for node in of_module[name]],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    finally:
+        logging.getLogger().removeFilter(_unprocessed)
+
+
+def _unprocessed(record: logging.LogRecord) -> bool:
+    """Drops the advice to pre-process: the exported graph is folded and shape-inferred already."""
+    return "pre-process" not in record.getMessage()
+
+
+@contextmanager
+def open_session(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> Iterator[OnnxSession]:
+    """Open an artifact for running; ``threads`` is the size of the pool that one operator is split over."""
+    if device != "cpu":
+        raise UsageError(f"The onnx runtime runs on 'cpu', not on '{device}'.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(
+            artifact.model_file,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(artifact.manifest.session.disabled_optimizers),
+        )
+    except Exception as error:
+        # ONNX Runtime's own exceptions derive from Exception alone, one class per status code.
+        raise InputError(f"ONNX Runtime cannot load {artifact.model_file}: {str(error).splitlines()[0]}") from error
+    yield OnnxSession(session)
+
+
+class OnnxSession:
+    """An open file: ``run`` maps input arrays by name to the list of outputs."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def run(self, feeds: dict[str, NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+        outputs: list[NDArray[np.float32]] = self._session.run(None, feeds)
+        return outputs
+
+
+def _inputs(workload: Workload) -> dict[str, artifacts.Input]:
+    return {
+        name: artifacts.Input(
+            dtype="int64",
+            axes={str(i): artifacts.Axis(name=a.name, min=a.min, max=a.max) for i, a in axes.items()},
+        )
+        for name, axes in workload.input_axes.items()
+    }
+
+
+def _prove(workload: Workload, artifact: Artifact) -> artifacts.Parity:
+    """Parity of a freshly written file with the module, at the corners of the declared range, on calibration rows."""
+    rows = workload.data.calibration
+    axes = workload.input_axes["input_ids"]
+    feeds = [
+        parity.feeds_of_shape(rows.token_ids, rows.pad_id, batch, sequence)
+        for batch, sequence in parity.corners(axes[0].max, axes[1].max)
+    ]
+
+    def reference(feed: parity.Feeds) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits = workload.forward({name: torch.from_numpy(array) for name, array in feed.items()})
+        result: NDArray[np.float32] = logits.numpy()
+        return result
+
+    with open_session(artifact, threads=torch.get_num_threads()) as session:
+        return parity.check(
+            lambda feed: session.run(feed)[0],
+            reference,
+            feeds,
+            precision=artifact.precision,
+            reference_name="the PyTorch module",
+        )

@@ -1,0 +1,161 @@
+"""Recipe: everything that a compression run is asked to do, typed; YAML on disk.
+
+Method options are checked against the keyword-only arguments of the method itself, so that there is one place where an
+option is declared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import InputError, UsageError
+from .gate import Constraint
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Strict):
+    """The constraint as it stands in a recipe."""
+
+    max_drop: float = Field(default=1.0, ge=0)
+    max_latency_ms: float | None = Field(default=None, gt=0)
+    min_speedup: float | None = Field(default=None, gt=0)
+    max_size_bytes: int | None = Field(default=None, gt=0)
+
+    def constraint(self) -> Constraint:
+        return Constraint(**self.model_dump())
+
+
+class Score(_Strict):
+    method: str = "fisher"
+    rows: int = Field(default=256, ge=1)
+
+
+class Level(_Strict):
+    """How much of each kind of unit goes."""
+
+    head: float = Field(default=0.0, ge=0, lt=1)
+    ffn: float = Field(default=0.0, ge=0, lt=1)
+    block: float = Field(default=0.0, ge=0, lt=1)
+
+    @property
+    def title(self) -> str:
+        parts = [f"{kind} -{share:.0%}" for kind, share in self.shares.items()]
+        return "pruned " + ", ".join(parts)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {kind: share for kind, share in self.model_dump().items() if share > 0}
+
+
+class Recover(_Strict):
+    reconstruct: bool = True
+    """Re-solve what is left by least squares, before any training."""
+    steps: int = Field(default=200, ge=0)
+    """Steps of distillation from the original; 0 for none."""
+    batch: int = Field(default=32, ge=1)
+    lr: float = Field(default=5e-4, gt=0)
+
+
+class Quantize(_Strict):
+    scheme: str = "int8-dynamic"
+
+
+class Measure(_Strict):
+    """How the final comparison is measured; p99 is given from 1,000 queries on."""
+
+    batch: int = Field(default=1, ge=1)
+    sequence: int = Field(default=128, ge=1)
+    min_queries: int = Field(default=1000, ge=10)
+    min_seconds: float = Field(default=10.0, ge=0)
+
+
+LADDER = (
+    Level(head=0.5, ffn=0.5, block=1 / 3),
+    Level(head=0.5, ffn=0.5),
+    Level(head=0.25, ffn=0.25),
+)
+
+
+class Recipe(_Strict):
+    """One compression run. ``levels`` are tried until one meets the constraint: the strongest first, or, where a speed
+    is asked for, the gentlest first."""
+
+    model: str
+    data: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    target: str = "cpu"
+    seed: int = 0
+    max_length: int = Field(default=128, ge=1)
+    limits: Limits = Limits()
+    score: Score = Score()
+    levels: tuple[Level, ...] = LADDER
+    recover: Recover = Recover()
+    quantize: Quantize | None = Quantize()
+    measure: Measure = Measure()
+
+    def to_yaml(self) -> str:
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
+
+
+def from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
+    """A validated recipe; all of its errors are gathered into one UsageError."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        faults = [f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+        raise UsageError(f"{origin} is not a valid recipe: {'; '.join(faults)}.") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file, not yet validated; the command line lays its own options over it."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"The recipe {path} does not hold a mapping of options.")
+    return values
+
+
+Quantity = Literal["drop", "latency", "speedup", "size"]
+
+_UNITS: dict[Quantity, tuple[dict[str, float], str]] = {
+    "drop": ({"%": 1.0, "": 1.0, "pt": 1.0, "points": 1.0}, "1% or 0.5"),
+    "latency": ({"ms": 1.0, "us": 1e-3, "s": 1e3}, "5ms"),
+    "speedup": ({"x": 1.0, "": 1.0}, "2x"),
+    "size": ({"mb": 1e6, "kb": 1e3, "gb": 1e9, "mib": 2.0**20, "b": 1.0}, "10MB"),
+}
+
+
+def quantity(kind: Quantity, text: str) -> float:
+    """A number with its unit, as on the command line: ``1%`` is one point of 100, ``5ms``, ``2x``, ``10MB``.
+
+    Raises UsageError that shows the expected form.
+    """
+    units, example = _UNITS[kind]
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z%]*)\s*", text)
+    if match is None or match[2].lower() not in units:
+        raise UsageError(f"'{text}' is not a {kind}; write it like {example}.")
+    return float(match[1]) * units[match[2].lower()]
+
+
+def columns(text: str) -> dict[str, str]:
+    """``text=sentence,label=y`` as a mapping."""
+    pairs = [part.split("=", 1) for part in text.split(",") if part]
+    if not pairs or any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise UsageError(f"'{text}' is not a column mapping; write it like text=sentence,label=y.")
+    mapping = {name.strip(): column.strip() for name, column in pairs}
+    unknown = sorted(set(mapping) - {"text", "label"})
+    if unknown:
+        raise UsageError(f"There is no field '{unknown[0]}' to map a column to (there are: text, label).")
+    return mapping
