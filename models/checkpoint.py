@@ -32,6 +32,13 @@ FORMAT = 1
 
 def save(workload: Workload, folder: Path) -> Path:
     """Write ``workload``'s module as a checkpoint folder; returns it. Raises InputError where it cannot be written."""
+    with new_folder(folder) as place:
+        write(workload, place)
+    return folder
+
+
+def write(workload: Workload, place: Path) -> None:
+    """Write the files of a checkpoint into an existing folder."""
     meta = {
         "format": FORMAT,
         "name": workload.name,
@@ -43,14 +50,13 @@ def save(workload: Workload, folder: Path) -> Path:
         "origin": workload.origin,
         "tools": {name: version(name) for name in ("torch", "transformers", "safetensors")},
     }
-    with new_folder(folder) as place:
-        for name, content in workload.files.items():
-            (place / name).write_bytes(content)
-        (place / "config.json").write_text(json.dumps(dict(workload.skeleton.config), indent=2) + "\n", encoding="utf-8")
-        (place / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        tensors = {name: tensor.detach().contiguous() for name, tensor in workload.module.state_dict().items()}
-        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    for name, content in workload.files.items():
+        (place / name).write_bytes(content)
+    (place / "config.json").write_text(json.dumps(dict(workload.skeleton.config), indent=2) + "\n", encoding="utf-8")
+    (place / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in workload.module.state_dict().items()}
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    (place / "model.safetensors").chmod(0o644)
 
 
 def load(
@@ -61,31 +67,56 @@ def load(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Workload:
-    """The workload that was saved in ``folder``, with the rows of ``data`` (default: those it was made with).
+    """The workload that was saved in ``folder``, with the rows of ``data`` (default: those it was made with)."""
+    meta, skeleton = _description(folder)
+    source = data or str(meta["source"])
+    if not source:
+        raise InputError(f"{folder} was made from a user's own rows; give them with --data.")
+    if source.startswith("zoo:"):
+        split = zoo.load(source.removeprefix("zoo:"), seed=seed, progress=progress).data
+    else:
+        length = int(meta["max_length"])
+        split = rows.load(source, folder, skeleton.labels, columns=columns, seed=seed, max_length=length)
+    return read(folder, split)
+
+
+def read(folder: Path, data: rows.Data) -> Workload:
+    """The workload that was saved in ``folder``, with these rows.
 
     Raises InputError for anything missing, damaged or hostile in the folder.
     """
-    meta = read_json(folder / META)
-    try:
-        if meta["format"] != FORMAT:
-            raise InputError(f"{folder} has checkpoint format {meta['format']}; this version reads format {FORMAT}.")
-        skeleton = Skeleton(str(meta["architecture"]), read_json(folder / "config.json"), tuple(map(str, meta["labels"])))
-        plan = PruningPlan.from_json(meta["plan"])
-        name, max_length = str(meta["name"]), int(meta["max_length"])
-        source, origin = str(meta["source"]), str(meta["origin"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / META} is not an edgepress checkpoint: {error!r}.") from error
+    meta, skeleton = _description(folder)
+    plan = PruningPlan.from_json(meta["plan"])
     module = restore(skeleton, plan, folder / "model.safetensors")
-    files = {file: (folder / file).read_bytes() for file in TOKENIZER_FILES if (folder / file).is_file()}
-    data = data or source
-    if not data:
-        raise InputError(f"{folder} was made from a user's own rows; give them with --data.")
-    if data.startswith("zoo:"):
-        split = zoo.load(data.removeprefix("zoo:"), seed=seed, progress=progress).data
-    else:
-        split = rows.load(data, folder, skeleton.labels, columns=columns, seed=seed, max_length=max_length)
-    structure = families.structure(module, skeleton.family, max_length)
-    return Workload(name, module, structure, split, skeleton, max_length, origin, source, plan, files)
+    return Workload(
+        name=meta["name"],
+        module=module,
+        structure=families.structure(module, skeleton.family, meta["max_length"]),
+        data=data,
+        skeleton=skeleton,
+        max_length=meta["max_length"],
+        origin=meta["origin"],
+        source=meta["source"],
+        plan=plan,
+        files={file: (folder / file).read_bytes() for file in TOKENIZER_FILES if (folder / file).is_file()},
+    )
+
+
+def _description(folder: Path) -> tuple[dict[str, Any], Skeleton]:
+    """What ``edgepress.json`` says, every field of the type it should have, and the skeleton it describes."""
+    meta = read_json(folder / META)
+    types = {"format": int, "name": str, "architecture": str, "labels": list, "plan": dict, "max_length": int}
+    for field, kind in {**types, "source": str, "origin": str}.items():
+        if not isinstance(meta, dict) or not isinstance(meta.get(field), kind):
+            raise InputError(
+                f"{folder / META} is not an edgepress checkpoint: '{field}' is missing or of another type."
+            )
+    if meta["format"] != FORMAT:
+        raise InputError(f"{folder} has checkpoint format {meta['format']}; this version reads format {FORMAT}.")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} does not hold a JSON object.")
+    return meta, Skeleton(meta["architecture"], config, tuple(map(str, meta["labels"])))
 
 
 def restore(skeleton: Skeleton, plan: PruningPlan, weights: Path) -> nn.Module:

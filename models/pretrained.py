@@ -34,9 +34,7 @@ def load(
     family = families.of_model_type(str(config.get("model_type")))
     architecture = next(iter(config.get("architectures") or []), "")
     if architecture not in family.architectures:
-        raise Unavailable(
-            f"{folder} holds a '{architecture}'; this version takes {', '.join(family.architectures)}."
-        )
+        raise Unavailable(f"{folder} holds a '{architecture}'; this version takes {', '.join(family.architectures)}.")
     longest = int(config.get("max_position_embeddings", max_length))
     if max_length > longest:
         raise InputError(f"The sequence length {max_length} is more than the {longest} positions of {folder}.")

@@ -31,6 +31,8 @@ class Site:
     width: int
     producers: tuple[str, ...]
     consumer: str
+    sum_at: str
+    """The module whose first input is the residual stream with the consumer's output added."""
     params: int
     """Parameters that one unit takes with it."""
     macs: int

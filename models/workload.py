@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +94,7 @@ class Workload:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
         for rows in (self.data.train, self.data.calibration, self.data.evaluation):
-            digest.update(rows.fingerprint().encode())
+            digest.update(rows.fingerprint.encode())
         return digest.hexdigest()
 
 
@@ -119,7 +118,7 @@ def load(
     if model.startswith("zoo:"):
         if data not in (None, model):
             raise UsageError(f"{model} brings its own data, so --data {data} cannot be used with it.")
-        return from_zoo(zoo.load(model.removeprefix("zoo:"), seed=seed, progress=progress))
+        return zoo.load(model.removeprefix("zoo:"), seed=seed, progress=progress)
     folder = Path(model)
     if folder.is_dir():
         if (folder / checkpoint.META).is_file():
@@ -135,11 +134,6 @@ def load(
         f"There is no model folder '{model}'; give a local folder, or one of {', '.join('zoo:' + n for n in zoo.ZOO)}. "
         f"Downloading from a hub is not available yet in this version."
     )
-
-
-def from_zoo(entry: Any) -> Workload:
-    """Wrap a zoo entry."""
-    raise NotImplementedError
 
 
 def check_finite(module: nn.Module, origin: str) -> None:

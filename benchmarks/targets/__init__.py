@@ -1,0 +1,74 @@
+"""Targets: where and how an artifact runs. A target is a runtime, a device, a number of threads, and a host.
+
+A kind of host is one file with ``connect(host)``, a context manager whose ``run(argv)`` returns what the command
+printed, and whose ``put(folder)`` returns the folder's path over there.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from ...errors import Unavailable, UsageError
+from ..environment import usable_cpus
+
+TARGETS = ("local",)
+PLANNED = {
+    "cpu:openvino": "the OpenVINO runtime",
+    "cuda": "ONNX Runtime on an NVIDIA GPU",
+    "tensorrt": "TensorRT",
+    "ssh://user@host/cpu:2": "a device over ssh",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """``host`` names a file of this folder; ``threads`` is the size of the pool one operator is split over."""
+
+    host: str
+    runtime: str
+    device: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.device}:{self.threads}"
+
+
+def get(host: str) -> ModuleType:
+    """The module ``benchmarks/targets/<host>.py``."""
+    if host not in TARGETS:
+        raise UsageError(f"There is no kind of host '{host}' (known: {', '.join(TARGETS)}).")
+    return import_module(f"{__name__}.{host}")
+
+
+def parse(text: str) -> Target:
+    """``cpu`` (all usable CPUs) or ``cpu:N`` threads. Raises UsageError, or Unavailable for what is only planned."""
+    match = re.fullmatch(r"cpu(?::(\d+))?", text)
+    if match:
+        cpus = usable_cpus()
+        threads = int(match[1]) if match[1] else cpus
+        if not 1 <= threads <= cpus:
+            raise UsageError(f"The target '{text}' asks for {threads} threads; this machine has {cpus} usable CPUs.")
+        return Target("local", "onnx", "cpu", threads)
+    for word, what in PLANNED.items():
+        if text == word or text.split(":", maxsplit=1)[0] == word.split(":")[0] != "cpu":
+            raise Unavailable(
+                f"The target '{text}' ({what}) is not available yet in this version (there is: cpu, cpu:N)."
+            )
+    raise UsageError(f"There is no target '{text}' (there is: cpu, cpu:N with a number of threads).")
+
+
+def listing() -> list[dict[str, Any]]:
+    """Every target, whether this machine can run it, and if not what is missing."""
+    cpus = usable_cpus()
+    rows: list[dict[str, Any]] = [
+        {"target": f"cpu:{n}", "available": True, "note": f"ONNX Runtime, {n} of {cpus} threads"} for n in {1, cpus}
+    ]
+    rows += [
+        {"target": word, "available": False, "note": f"{what}: not available yet in this version"}
+        for word, what in PLANNED.items()
+    ]
+    return rows

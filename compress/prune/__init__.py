@@ -1,0 +1,18 @@
+"""Pruning: from scores and a budget to a plan, to a smaller model, to one whose rest makes up for what went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...models import surgery
+from ...models.workload import Workload
+from ..score import Scores
+from .allocate import by_ratio
+
+
+def prune(workload: Workload, scores: Scores, *, ratio: float | Mapping[str, float] = 0.5) -> Workload:
+    """``workload`` without the ``ratio`` of its units that score lowest: a new workload, really smaller.
+
+    A number is the share of heads and of feed-forward channels that goes; a mapping gives it by kind.
+    """
+    return surgery.prune(workload, by_ratio(workload.structure, scores.values, ratio))

