@@ -1,10 +1,10 @@
 """What can go wrong, as a user sees it.
 
-EdgepressError        exit code 2   the base: one sentence that says what was wrong and what to do
-├── InputError        exit code 2   a model, a data file or an artifact that cannot be used as it is
-├── UsageError        exit code 2   a word, a name or a combination of options that does not exist
-├── Unavailable       exit code 2   a missing extra, a missing runtime, or a part that does not exist yet
-└── ConstraintError   exit code 3   the budget cannot be met; the best found is written all the same
+EdgepressError         exit code 2   the base: one sentence that says what was wrong and what to do
+├── InputError         exit code 2   a model, a data file or an artifact that cannot be used as it is
+├── UsageError         exit code 2   a word, a name or a combination of options that does not exist
+├── UnavailableError   exit code 2   a missing extra, a missing runtime, or a part that does not exist yet
+└── ConstraintError    exit code 3   the budget cannot be met; the best found is written all the same
 
 Any other exception is a defect of edgepress (exit code 1).
 """
@@ -26,7 +26,7 @@ class UsageError(EdgepressError):
     """An unknown name, or options that do not go together."""
 
 
-class Unavailable(EdgepressError):
+class UnavailableError(EdgepressError):
     """Something this installation cannot do; the message names the extra or the reason."""
 
 

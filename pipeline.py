@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from . import __version__
 from .benchmarks import compare, environment, load, targets
 from .benchmarks.measurement import Measurement
+from .benchmarks.report import write_report
+from .benchmarks.targets import Target
 from .compress import quantize as quantizers
 from .compress import score as scorers
 from .compress.prune.allocate import by_ratio
@@ -42,7 +44,7 @@ from .models.workload import Progress, Workload
 from .plan import QuantizationPlan, read_json
 from .recipe import Level, Recipe
 
-QUICK = {"min_queries": 300, "min_seconds": 4.0, "memory": False}
+QUICK_QUERIES, QUICK_SECONDS = 200, 4.0
 """How long the comparison that a gate looks at may take; the final one follows the recipe."""
 
 
@@ -64,7 +66,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. ``unmet`` lists what of the constraint the best result does not meet; empty when all is met."""
+    """What a run came to; ``unmet`` lists what of the constraint the best result does not meet."""
 
     run: Path
     original: dict[str, Any]
@@ -109,10 +111,8 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     )
     if recipe.measure.sequence > workload.max_length:
         raise UsageError(f"Sequence {recipe.measure.sequence} is longer than the model's {workload.max_length} tokens.")
-    run = _Run(out, recipe, workload, show, str(target), target.threads)
+    run = _Run(out, recipe, workload, show, target)
     outcome = run.finish(run.search(), resume=resume)
-    from .benchmarks.report import write_report
-
     write_report(out)
     return outcome
 
@@ -131,9 +131,9 @@ def _claim(out: Path, recipe: Recipe) -> None:
 class _Run:
     """One run: its folder, its workload, and what its gate has decided so far."""
 
-    def __init__(self, out: Path, recipe: Recipe, workload: Workload, show: Display, target: str, threads: int) -> None:
+    def __init__(self, out: Path, recipe: Recipe, workload: Workload, show: Display, target: Target) -> None:
         self.out, self.recipe, self.workload, self.show = out, recipe, workload, show
-        self.target, self.threads = target, threads
+        self.target, self.threads = str(target), target.threads
         self.constraint: Constraint = recipe.limits.constraint()
         self.kept: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []
@@ -201,12 +201,21 @@ class _Run:
     def _fastest_form(self, written: Artifact, progress: Progress) -> Artifact:
         forms = list(onnx.FORMS.values())
         candidates = [onnx.in_form(written, form) for form in onnx.FORMS]
-        taken = load.benchmark(candidates, **self._how(), **QUICK, progress=progress)
+        taken = self._quick(candidates, progress)
         best = min(range(len(forms)), key=lambda i: taken[i].p50)
         return Artifact(written.folder, artifacts.seal(written.folder, candidates[best].manifest, {}))
 
-    def _how(self) -> dict[str, Any]:
-        return {"target": self.target, "batch": self.recipe.measure.batch, "sequence": self.recipe.measure.sequence}
+    def _quick(self, candidates: Sequence[Artifact], progress: Progress | None = None) -> list[Measurement]:
+        return load.benchmark(
+            candidates,
+            target=self.target,
+            batch=self.recipe.measure.batch,
+            sequence=self.recipe.measure.sequence,
+            min_queries=QUICK_QUERIES,
+            min_seconds=QUICK_SECONDS,
+            memory=False,
+            progress=progress,
+        )
 
     def _logits(self, artifact: Artifact, progress: Progress) -> NDArray[np.float32]:
         with onnx.open_session(artifact, threads=self.threads) as session:
@@ -224,7 +233,7 @@ class _Run:
         """Measure the two interleaved and let the gate decide; the decision is a stage of its own, so it stays."""
 
         def make(_: Path, progress: Progress) -> dict[str, Any]:
-            first, second = load.benchmark([before.artifact, after.artifact], **self._how(), **QUICK, progress=progress)
+            first, second = self._quick([before.artifact, after.artifact], progress)
             faster = compare.speedup(first, second)
             kept, reason = gate(
                 Standing(before.title, before.quality, before.artifact.size_bytes, None),
@@ -265,7 +274,7 @@ class _Run:
         limits = self.constraint
         if not limits.asks_for_speed and limits.max_size_bytes is None:
             return True
-        first, second = load.benchmark([original.artifact, last.artifact], **self._how(), **QUICK)
+        first, second = self._quick([original.artifact, last.artifact])
         return not unmet(limits, second.p50, first.p50 / second.p50, last.artifact.size_bytes)
 
     def _quantized(self, name: str, title: str, workload: Workload, base: Variant, before: Variant) -> Variant | None:
@@ -348,7 +357,9 @@ class _Run:
         def make(place: Path, progress: Progress) -> dict[str, Any]:
             taken = load.benchmark(
                 [variant.artifact for variant in variants],
-                **self._how(),
+                target=self.target,
+                batch=self.recipe.measure.batch,
+                sequence=self.recipe.measure.sequence,
                 min_queries=self.recipe.measure.min_queries,
                 min_seconds=self.recipe.measure.min_seconds,
                 progress=progress,
@@ -361,7 +372,8 @@ class _Run:
         text = (folder / path.name).read_text(encoding="utf-8")
         measured = [Measurement.from_json(json.loads(line)) for line in text.splitlines()]
         measured = [
-            replace(m, artifact=str(v.artifact.folder.relative_to(self.out))) for m, v in zip(measured, variants)
+            replace(m, artifact=str(v.artifact.folder.relative_to(self.out)))
+            for m, v in zip(measured, variants, strict=True)
         ]
         rows = compare.rows(measured)
         best = min(range(len(rows)), key=lambda i: measured[i].p50)

@@ -94,7 +94,7 @@ def _check_shape(artifact: Artifact, batch: int, sequence: int) -> None:
             axis = spec.axes[index]
             if not axis.min <= size <= axis.max:
                 raise UsageError(
-                    f"'{name}' of {artifact.folder} was proven for a {axis.name} of {axis.min} to {axis.max}, not {size}."
+                    f"'{name}' of {artifact.folder} was proven for {axis.name} {axis.min} to {axis.max}, not {size}."
                 )
 
 

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -19,7 +20,7 @@ WINDOW = 10
 MOST_WINDOWS = 20
 
 
-def main(job_file):
+def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     with np.load(job["feeds"], allow_pickle=False) as arrays:
         feeds = dict(arrays)
@@ -27,7 +28,7 @@ def main(job_file):
     json.dump(result, sys.stdout)
 
 
-def open_model(artifact, threads):
+def open_model(artifact: dict[str, Any], threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -42,12 +43,12 @@ def open_model(artifact, threads):
     )
 
 
-def latency(job, feeds):
+def latency(job: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
     """Rounds until ``min_queries`` are done or ``min_seconds`` for each artifact are over, but no fewer than 30."""
     sessions = [open_model(artifact, job["threads"]) for artifact in job["artifacts"]]
     for session in sessions:
         warm_up(session, feeds)
-    samples = [[] for _ in sessions]
+    samples: list[list[int]] = [[] for _ in sessions]
     budget = job["min_seconds"] * len(sessions)
     begin = told = time.monotonic()
     gc.collect()
@@ -69,7 +70,7 @@ def latency(job, feeds):
     return {"samples_ns": samples}
 
 
-def warm_up(session, feeds):
+def warm_up(session: Any, feeds: dict[str, Any]) -> None:
     """Run until the medians of two successive windows are within 3 %."""
     previous = 0.0
     for _ in range(MOST_WINDOWS):
@@ -84,7 +85,7 @@ def warm_up(session, feeds):
         previous = median
 
 
-def memory(job, feeds):
+def memory(job: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
     (artifact,) = job["artifacts"]
     start = time.perf_counter_ns()
     session = open_model(artifact, job["threads"])
@@ -94,7 +95,7 @@ def memory(job, feeds):
     return {"load_ns": load_ns, "peak_rss_bytes": peak_rss()}
 
 
-def peak_rss():
+def peak_rss() -> int:
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InputError, Unavailable, UsageError
+from ..errors import InputError, UnavailableError, UsageError
 
 Ints = NDArray[np.int64]
 
@@ -176,7 +176,7 @@ def _frame(path: Path) -> pd.DataFrame:
     }
     if path.suffix.lower() not in readers:
         if path.suffix.lower() in {".npz"} or path.is_dir():
-            raise Unavailable(f"{path}: only CSV, TSV and JSONL files can be read in this version.")
+            raise UnavailableError(f"{path}: only CSV, TSV and JSONL files can be read in this version.")
         raise UsageError(f"{path} is not a .csv, .tsv or .jsonl file.")
     try:
         frame: pd.DataFrame = readers[path.suffix.lower()]()

@@ -7,8 +7,8 @@ the same rows can be compared row by row: the interval of the drop is far narrow
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from .data import Rows
+    from .workload import Progress, Workload
 
 METRICS = ("accuracy",)
 RESAMPLES = 2000
@@ -105,3 +106,37 @@ def predict(
             progress(done, len(rows), "rows")
     assert logits is not None
     return logits
+
+
+def of_session(
+    run: Callable[[dict[str, NDArray[np.int64]]], list[NDArray[np.float32]]],
+    workload: Workload,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The quality of an open artifact on ``workload``'s evaluation rows, as plain data."""
+    rows = workload.data.evaluation
+    logits = predict(lambda feeds: run(feeds)[0], rows, progress=progress)
+    return asdict(quality(workload.data.metric, logits, rows.labels, seed=seed))
+
+
+def of_modules(
+    changed: Workload, original: Workload, *, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The quality of a changed module on the evaluation rows, with the drop from the original's, as plain data."""
+    rows = original.data.evaluation
+    after, before = (predict(_forward(item), rows, progress=progress) for item in (changed, original))
+    return asdict(quality(original.data.metric, after, rows.labels, original=before, seed=seed))
+
+
+def _forward(workload: Workload) -> Callable[[dict[str, NDArray[np.int64]]], NDArray[np.float32]]:
+    import torch
+
+    def run(feeds: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits = workload.forward({name: torch.from_numpy(array) for name, array in feeds.items()})
+        result: NDArray[np.float32] = logits.numpy()
+        return result
+
+    return run

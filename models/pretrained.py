@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import InputError, Unavailable
+from ..errors import InputError, UnavailableError
 from ..plan import read_json
 from . import data as rows
 from . import families
@@ -26,7 +26,7 @@ def load(
 ) -> Workload:
     """The sequence classifier in ``folder`` with the labelled rows of ``data``.
 
-    Raises InputError where the folder or the rows cannot be used, Unavailable for an architecture not supported yet.
+    Raises InputError where the folder or the rows cannot be used, UnavailableError for other architectures.
     """
     config = _config(folder)
     if not data:
@@ -34,7 +34,9 @@ def load(
     family = families.of_model_type(str(config.get("model_type")))
     architecture = next(iter(config.get("architectures") or []), "")
     if architecture not in family.architectures:
-        raise Unavailable(f"{folder} holds a '{architecture}'; this version takes {', '.join(family.architectures)}.")
+        raise UnavailableError(
+            f"{folder} holds a '{architecture}'; this version takes {', '.join(family.architectures)}."
+        )
     longest = int(config.get("max_position_embeddings", max_length))
     if max_length > longest:
         raise InputError(f"The sequence length {max_length} is more than the {longest} positions of {folder}.")

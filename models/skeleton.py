@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import InputError, Unavailable
+from ..errors import InputError, UnavailableError
 from . import families
 
 POOLED = "PooledClassifier"
@@ -47,5 +47,7 @@ class Skeleton:
                 module = getattr(transformers, self.architecture)(config)
             else:
                 known = ", ".join((*family.architectures, POOLED))
-                raise Unavailable(f"'{self.architecture}' is not supported for {family.name} (supported: {known}).")
+                raise UnavailableError(
+                    f"'{self.architecture}' is not supported for {family.name} (supported: {known})."
+                )
         return module.eval()

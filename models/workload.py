@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, Unavailable, UsageError
+from ..errors import InputError, UnavailableError, UsageError
 from ..plan import PruningPlan
 from .data import Data
 from .skeleton import Skeleton
@@ -111,7 +111,7 @@ def load(
 
     ``model`` is ``zoo:NAME``, the folder of a Hugging Face model or an edgepress checkpoint. ``data`` is a CSV, TSV or
     JSONL file, or ``zoo:NAME`` for that entry's rows; a zoo model, or a checkpoint made from one, brings its own.
-    ``columns`` maps ``text`` and ``label`` to the file's column names. Raises InputError, UsageError or Unavailable.
+    ``columns`` maps ``text`` and ``label`` to the file's column names. Raises any kind of EdgepressError.
     """
     from . import checkpoint, pretrained, zoo
 
@@ -125,9 +125,11 @@ def load(
             return checkpoint.load(folder, data, columns=columns, seed=seed, progress=progress)
         return pretrained.load(folder, data, columns=columns, seed=seed, max_length=max_length)
     if folder.suffix == ".onnx":
-        raise Unavailable(f"{model} is an ONNX file; only quantize, bench and compare take artifacts.")
+        raise UnavailableError(f"{model} is an ONNX file; only quantize, bench and compare take artifacts.")
     if ":" in model and "/" not in model:
-        raise Unavailable(f"'{model}': loading a module from a Python function is not available yet in this version.")
+        raise UnavailableError(
+            f"'{model}': loading a module from a Python function is not available yet in this version."
+        )
     if folder.exists():
         raise InputError(f"{model} is a file, not a model folder (a folder with config.json and model.safetensors).")
     raise InputError(

@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ...errors import Unavailable, UsageError
+from ...errors import UnavailableError, UsageError
 from ..environment import usable_cpus
 
 TARGETS = ("local",)
@@ -45,7 +45,7 @@ def get(host: str) -> ModuleType:
 
 
 def parse(text: str) -> Target:
-    """``cpu`` (all usable CPUs) or ``cpu:N`` threads. Raises UsageError, or Unavailable for what is only planned."""
+    """``cpu`` (all usable CPUs) or ``cpu:N`` threads. UnavailableError for what is only planned."""
     match = re.fullmatch(r"cpu(?::(\d+))?", text)
     if match:
         cpus = usable_cpus()
@@ -55,7 +55,7 @@ def parse(text: str) -> Target:
         return Target("local", "onnx", "cpu", threads)
     for word, what in PLANNED.items():
         if text == word or text.split(":", maxsplit=1)[0] == word.split(":")[0] != "cpu":
-            raise Unavailable(
+            raise UnavailableError(
                 f"The target '{text}' ({what}) is not available yet in this version (there is: cpu, cpu:N)."
             )
     raise UsageError(f"There is no target '{text}' (there is: cpu, cpu:N with a number of threads).")

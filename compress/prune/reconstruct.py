@@ -52,7 +52,7 @@ def reconstruct(
     with torch.no_grad():
         for done, site in enumerate(sites, 1):
             before = original.structure.site(site.kind, layers[site.layer])
-            _solve(original, before, result, site, sample, ridge)
+            _solve((original, before), (result, site), sample, ridge)
             if progress:
                 progress(done, len(sites), "layers solved")
     return result
@@ -65,7 +65,9 @@ def _blocks_gone_since(original: Workload, pruned: Workload) -> set[int]:
     return {numbering.index(layer) for layer in pruned.plan.blocks - original.plan.blocks}
 
 
-def _solve(original: Workload, before: Site, pruned: Workload, site: Site, rows: Rows, ridge: float) -> None:
+def _solve(then: tuple[Workload, Site], now: tuple[Workload, Site], rows: Rows, ridge: float) -> None:
+    """Replace the weights of the consumer of ``now``, a workload and its site, by the solution derived above."""
+    pruned, site = now
     consumer = pruned.module.get_submodule(site.consumer)
     assert isinstance(consumer, nn.Linear)
     width = consumer.in_features + 1
@@ -73,12 +75,12 @@ def _solve(original: Workload, before: Site, pruned: Workload, site: Site, rows:
     cross = torch.zeros(consumer.out_features, width, dtype=torch.float64)
     for batch in rows.batches(BATCH):
         real = batch.inputs["attention_mask"].bool()
-        _, then = _at(original, before, batch.inputs)
-        inputs, now = _at(pruned, site, batch.inputs)
+        _, wanted = _at(*then, batch.inputs)
+        inputs, found = _at(*now, batch.inputs)
         features = torch.nn.functional.pad(inputs[real], (0, 1), value=1.0)
-        wanted = (then - now)[real] + consumer(inputs[real])
+        missing = (wanted - found)[real] + consumer(inputs[real])
         gram += (features.T @ features).double()
-        cross += (wanted.T @ features).double()
+        cross += (missing.T @ features).double()
     held = torch.cat([consumer.weight, consumer.bias[:, None]], dim=1).double()
     weight = ridge * gram.diagonal().mean()
     solved = torch.linalg.solve(gram + weight * torch.eye(width), (cross + weight * held).T).T.float()

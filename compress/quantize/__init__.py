@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ...errors import Unavailable, UsageError
+from ...errors import UnavailableError, UsageError
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 
@@ -21,7 +21,7 @@ def get(name: str) -> ModuleType:
         return import_module(f"{__name__}.{word}")
     known = ", ".join(method.replace("_", "-") for method in METHODS)
     if name in PLANNED:
-        raise Unavailable(f"The scheme '{name}' is not available yet in this version (available: {known}).")
+        raise UnavailableError(f"The scheme '{name}' is not available yet in this version (available: {known}).")
     raise UsageError(f"There is no scheme '{name}' (available: {known}; planned: {', '.join(PLANNED)}).")
 
 

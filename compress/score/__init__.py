@@ -62,3 +62,20 @@ def score(
     if bad:
         raise InputError(f"{bad} of {len(values)} {method} scores of {workload.name} are not finite numbers.")
     return Scores(method, workload.structure, values.double())
+
+
+def to_json(scores: Scores) -> dict[str, Any]:
+    """``units`` with the cost and the score of each, and ``validation``, which is empty until it has been made."""
+    units = [
+        {
+            "kind": site.kind,
+            "layer": site.layer,
+            "index": index,
+            "params": site.params,
+            "macs": site.macs,
+            "scores": {scores.method: float(value)},
+        }
+        for site, place in scores.structure.slices()
+        for index, value in enumerate(scores.values[place])
+    ]
+    return {"units": units, "validation": {}}

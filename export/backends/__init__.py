@@ -9,16 +9,18 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from ...errors import Unavailable, UsageError
+from ...errors import UnavailableError, UsageError
 
 BACKENDS = ("onnx",)
 PLANNED = ("tensorrt", "openvino")
 
 
 def get(name: str) -> ModuleType:
-    """The module ``export/backends/<name>.py``; raises UsageError, or Unavailable for a planned one."""
+    """The module ``export/backends/<name>.py``; raises UsageError, or UnavailableError for a planned one."""
     if name in BACKENDS:
         return import_module(f"{__name__}.{name}")
     if name in PLANNED:
-        raise Unavailable(f"Export to {name} is not available yet in this version (available: {', '.join(BACKENDS)}).")
+        raise UnavailableError(
+            f"Export to {name} is not available yet in this version (available: {', '.join(BACKENDS)})."
+        )
     raise UsageError(f"There is no runtime '{name}' (known: {', '.join((*BACKENDS, *PLANNED))}).")

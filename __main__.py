@@ -1,0 +1,5 @@
+"""``python -m edgepress``."""
+
+from .cli import main
+
+main()

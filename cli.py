@@ -1,0 +1,506 @@
+"""The command line: parse and print. Everything that computes is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import ConstraintError, EdgepressError, UsageError
+
+if TYPE_CHECKING:
+    from .models.workload import Progress, Workload
+    from .pipeline import Outcome
+
+app = typer.Typer(
+    name="edgepress",
+    help="Take a trained transformer to an edge device: score, prune, recover, quantize, export, benchmark.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="zoo:NAME, a Hugging Face folder, or an edgepress checkpoint.")]
+Data = Annotated[str | None, typer.Option("--data", help="CSV, TSV or JSONL file of labelled rows.")]
+Columns = Annotated[str | None, typer.Option("--columns", help="Column names: text=review,label=stars.")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else there.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0)]
+TargetOption = Annotated[str, typer.Option("--target", help="cpu, or cpu:N for N threads.")]
+
+
+class Screen:
+    """Progress on stderr: one line for the stage at work, with its step, rate and time left."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Left
+
+        self.console = Console(stderr=True)
+        spinner, stage = SpinnerColumn(), TextColumn("[bold]{task.description:<12}")
+        figures = TextColumn("{task.fields[note]}")
+        columns = (
+            spinner,
+            stage,
+            BarColumn(24),
+            TaskProgressColumn(show_speed=True),
+            figures,
+            TimeElapsedColumn(),
+            Left(),
+        )
+        self._bars = stack.enter_context(Progress(*columns, console=self.console, transient=True))
+        self._task: Any = None
+        self._stage = ""
+
+    def progress(self, stage: str) -> Progress:
+        def step(done: int, total: int, note: str) -> None:
+            if stage != self._stage or self._task is None:
+                if self._task is not None:
+                    self._bars.remove_task(self._task)
+                self._stage, self._task = stage, self._bars.add_task(stage, total=None, note="")
+                if not self.console.is_terminal:
+                    self.say(f"{stage} …")
+            figures = f"{done:,}/{total:,} {note}" if total else note
+            self._bars.update(self._task, completed=done, total=total or None, note=figures)
+
+        return step
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+
+def main() -> None:
+    """Run the command line; ends the process with the exit codes of errors.py."""
+    verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        app()
+    except EdgepressError as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"edgepress: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("edgepress: interrupted; finished stages are kept, and --resume goes on from there.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"edgepress: this is a defect of edgepress, please report it with -v ({what})", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print(document: Any) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def _load(stack: ExitStack, model: str, data: str | None, columns: str | None, seed: int) -> tuple[Workload, Screen]:
+    from . import recipe
+    from .models import workload
+
+    screen = Screen(stack)
+    mapping = recipe.columns(columns) if columns else None
+    return workload.load(model, data, columns=mapping, seed=seed, progress=screen.progress("load")), screen
+
+
+def _table(original: dict[str, Any], results: list[dict[str, Any]], chosen: str | None) -> None:
+    from rich.console import Console
+
+    from .benchmarks.tables import rich_table
+
+    Console(width=None if sys.stdout.isatty() else 160).print(rich_table(original, results, chosen))
+
+
+@app.command()
+def compress(
+    model: Annotated[
+        str | None, typer.Argument(help="zoo:NAME, a model folder, a checkpoint; taken from --recipe.")
+    ] = None,
+    data: Data = None,
+    columns: Columns = None,
+    target: Annotated[str | None, typer.Option("--target", help="cpu, or cpu:N for N threads.")] = None,
+    max_drop: Annotated[str | None, typer.Option("--max-drop", help="Quality that may be lost: 1%.")] = None,
+    max_latency: Annotated[str | None, typer.Option("--max-latency", help="Longest median latency: 5ms.")] = None,
+    speedup: Annotated[str | None, typer.Option("--speedup", help="Least speedup against the original: 3x.")] = None,
+    max_size: Annotated[str | None, typer.Option("--max-size", help="Largest model file: 10MB.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; the options above go over it.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder.")] = Path("runs/compress"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", min=0)] = None,
+) -> None:
+    """The whole chain: load, score, prune, recover, quantize, export, benchmark, report."""
+    from . import recipe as recipes
+    from .pipeline import compress as run
+    from .pipeline import resumed_recipe
+
+    if max_latency and speedup:
+        raise UsageError("Give --max-latency or --speedup, not both.")
+    values = resumed_recipe(out) if resume else recipes.read(recipe) if recipe else {}
+    given = {"model": model, "data": data, "target": target, "seed": seed}
+    values |= {name: value for name, value in given.items() if value is not None}
+    if columns:
+        values["columns"] = recipes.columns(columns)
+    asked = {
+        "max_drop": recipes.quantity("drop", max_drop) if max_drop else None,
+        "max_latency_ms": recipes.quantity("latency", max_latency) if max_latency else None,
+        "min_speedup": recipes.quantity("speedup", speedup) if speedup else None,
+        "max_size_bytes": int(recipes.quantity("size", max_size)) if max_size else None,
+    }
+    limits = {**(values.get("limits") or {}), **{name: value for name, value in asked.items() if value is not None}}
+    if "model" not in values:
+        raise UsageError("Give a MODEL (zoo:NAME, a model folder or a checkpoint), or a recipe that names one.")
+    validated = recipes.from_mapping({**values, "limits": limits}, str(recipe or "The command line"))
+    with ExitStack() as stack:
+        outcome = run(validated, out, resume=resume, display=Screen(stack))
+    _outcome(outcome, json_)
+
+
+def _outcome(outcome: Outcome, as_json: bool) -> None:
+    if as_json:
+        _print(outcome.to_json())
+    else:
+        _table(outcome.original, outcome.results, outcome.chosen)
+        print(f"artifact  {outcome.run / 'artifact'}\nreport    {outcome.run / 'report.html'}")
+    if outcome.unmet:
+        best = outcome.chosen or outcome.original["name"]
+        raise ConstraintError(f"The constraint cannot be met. The best found is '{best}': {'; '.join(outcome.unmet)}.")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    data: Data = None,
+    columns: Columns = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """Structure, parameters and multiply-accumulates, layer by layer."""
+    from .models.inspect import inspect as look
+
+    with ExitStack() as stack:
+        workload, _ = _load(stack, model, data, columns, seed)
+    found = look(workload)
+    if json_:
+        _print(found)
+        return
+    from .benchmarks.tables import plain_table
+
+    print(f"{found['name']}: {found['family']}, {found['params']:,} parameters, {found['macs']:,} MACs")
+    plain_table(
+        ["layer", "heads", "head_dim", "feed-forward", "params", "MACs"],
+        [
+            [b["layer"], b["heads"], b["head_dim"], b["ffn"], f"{b['params']:,}", f"{b['macs']:,}"]
+            for b in found["blocks"]
+        ],
+    )
+
+
+@app.command()
+def score(
+    model: Model,
+    data: Data = None,
+    columns: Columns = None,
+    method: Annotated[str, typer.Option("--method", help="See 'edgepress methods'.")] = "fisher",
+    rows: Annotated[int, typer.Option("--rows", help="Calibration rows.", min=1)] = 256,
+    validate: Annotated[int | None, typer.Option("--validate", help="Units to remove in trials.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write.")] = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """How much each head, feed-forward channel and block matters."""
+    from .compress import score as scores
+    from .errors import UnavailableError
+    from .files import write_text
+
+    scores.get(method)
+    if validate is not None:
+        raise UnavailableError("--validate (scores against trial removals) is not available yet in this version.")
+    with ExitStack() as stack:
+        workload, screen = _load(stack, model, data, columns, seed)
+        found = scores.score(workload, method, rows=rows, seed=seed, progress=screen.progress("score"))
+    document = scores.to_json(found)
+    if out:
+        write_text(out, json.dumps(document) + "\n")
+    if json_:
+        _print(document)
+        return
+    from .benchmarks.tables import plain_table
+
+    lines = []
+    for kind in workload.structure.kinds:
+        for layer, values in enumerate(found.of(kind)):
+            ranked = sorted(range(len(values)), key=values.__getitem__)
+            lowest = " ".join(str(index) for index in ranked[:6])
+            lines.append([kind, layer, len(values), f"{min(values):.3g}", f"{sum(values) / len(values):.3g}", lowest])
+    plain_table(["kind", "layer", "units", "least", "mean", "least important"], lines)
+
+
+@app.command()
+def prune(
+    model: Model,
+    data: Data = None,
+    columns: Columns = None,
+    method: Annotated[str, typer.Option("--method", help="Score; see 'edgepress methods'.")] = "fisher",
+    ratio: Annotated[float, typer.Option("--ratio", help="Share of heads and feed-forward channels that goes.")] = 0.5,
+    recover: Annotated[str, typer.Option("--recover", help="none, reconstruct or distill.")] = "reconstruct",
+    steps: Annotated[int, typer.Option("--steps", help="Steps of distillation.", min=1)] = 120,
+    target: Annotated[str | None, typer.Option("--target", hidden=True)] = None,
+    speedup: Annotated[str | None, typer.Option("--speedup", hidden=True)] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint folder to write.")] = Path("pruned"),
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """Remove the least important heads and channels for good, and write a checkpoint."""
+    from .compress import score as scores
+    from .errors import UnavailableError
+
+    if target or speedup:
+        raise UnavailableError(
+            "prune --target --speedup is not available yet in this version; use --ratio, or compress."
+        )
+    if recover not in {"none", "reconstruct", "distill"}:
+        raise UsageError(f"There is no recovery '{recover}' (there is: none, reconstruct, distill).")
+    scores.get(method)
+    with ExitStack() as stack:
+        from .compress import prune as pruning
+        from .compress.prune.reconstruct import reconstruct
+        from .compress.recover import recover as distill
+        from .models import checkpoint, metrics
+
+        workload, screen = _load(stack, model, data, columns, seed)
+        found = scores.score(workload, method, seed=seed, progress=screen.progress("score"))
+        pruned = pruning.prune(workload, found, ratio=ratio)
+        if recover != "none":
+            pruned = reconstruct(workload, pruned, seed=seed, progress=screen.progress("reconstruct"))
+        if recover == "distill":
+            pruned = distill(pruned, workload, steps=steps, seed=seed, progress=screen.progress("distill")).workload
+        checkpoint.save(pruned, out)
+        quality = metrics.of_modules(pruned, workload, seed=seed, progress=screen.progress("evaluate"))
+    document = {
+        "checkpoint": str(out),
+        "plan": pruned.plan.to_json(),
+        "params_before": workload.params,
+        "params_after": pruned.params,
+        "macs_before": workload.macs,
+        "macs_after": pruned.macs,
+        "quality": quality,
+    }
+    if json_:
+        _print(document)
+        return
+    print(f"parameters {workload.params:,} → {pruned.params:,}\nMACs       {workload.macs:,} → {pruned.macs:,}")
+    print(f"{quality['metric']}   {quality['value']:.2f} (drop {quality['drop']:.2f})\ncheckpoint {out}")
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="As for compress.")],
+    data: Data = None,
+    columns: Columns = None,
+    scheme: Annotated[str, typer.Option("--scheme", help="int8-dynamic.")] = "int8-dynamic",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Artifact folder to write.")] = Path("quantized"),
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """Write an artifact with weights in fewer bits."""
+    from .compress import quantize as quantizers
+
+    quantizers.get(scheme)
+    _write_artifact(model, data, columns, scheme, out, as_json=json_, seed=seed)
+
+
+@app.command()
+def export(
+    model: Model,
+    data: Data = None,
+    columns: Columns = None,
+    to: Annotated[str, typer.Option("--to", help="onnx.")] = "onnx",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Artifact folder to write.")] = Path("exported"),
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """Write an FP32 artifact with dynamic batch and sequence, and prove that it computes what the model does."""
+    from .export import backends
+
+    backends.get(to)
+    _write_artifact(model, data, columns, "fp32", out, as_json=json_, seed=seed)
+
+
+def _write_artifact(
+    model: str, data: str | None, columns: str | None, scheme: str, out: Path, *, as_json: bool, seed: int
+) -> None:
+    from .compress import quantize as quantizers
+    from .export.backends import onnx
+    from .models import metrics
+    from .plan import QuantizationPlan
+
+    with ExitStack() as stack:
+        workload, screen = _load(stack, model, data, columns, seed)
+        step = screen.progress("export")
+        step(0, 0, "writing and proving parity")
+        plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(workload, scheme)
+        artifact = onnx.write(workload, plan, out, name=out.name)
+        with onnx.open_session(artifact, threads=os.cpu_count() or 1) as session:
+            quality = metrics.of_session(session.run, workload, seed=seed, progress=screen.progress("evaluate"))
+    parity = artifact.manifest.parity
+    assert parity is not None
+    figures = parity.model_dump(mode="json")
+    document = {"artifact": str(out), "precision": artifact.precision, "parity": figures, "quality": quality}
+    if as_json:
+        _print(document)
+        return
+    print(f"artifact   {out} ({artifact.size_bytes / 1e6:.1f} MB, {artifact.precision})")
+    print(f"parity     max abs {parity.max_abs:.2e}, cosine {parity.cosine:.6f}, at {len(parity.shapes)} shapes")
+    print(f"{quality['metric']}   {quality['value']:.2f} [{quality['low']:.2f}, {quality['high']:.2f}]")
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(help="Artifact folders; all are measured interleaved.")],
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="cpu or cpu:N; more than once for several.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes: 1,8.")] = "1",
+    seq: Annotated[str, typer.Option("--seq", help="Sequence lengths: 32,128.")] = "128",
+    queries: Annotated[int, typer.Option("--queries", help="Runs of each artifact.", min=30)] = 1000,
+    seconds: Annotated[float, typer.Option("--seconds", help="Or this long for each, whichever ends first.")] = 10.0,
+    data: Data = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """Measure artifacts against each other; the first is the one the others are compared with."""
+    from .benchmarks import compare as comparing
+    from .benchmarks import load
+    from .errors import UnavailableError
+    from .export.artifact import open_artifact
+
+    if data:
+        raise UnavailableError("bench --data (quality beside latency) is not available yet in this version.")
+    opened = [open_artifact(folder) for folder in artifacts]
+    rows: list[dict[str, Any]] = []
+    environment: dict[str, Any] = {}
+    with ExitStack() as stack:
+        screen = Screen(stack)
+        for where in target or ["cpu"]:
+            for size in _numbers(batch, "--batch"):
+                for length in _numbers(seq, "--seq"):
+                    taken = load.benchmark(
+                        opened,
+                        target=where,
+                        batch=size,
+                        sequence=length,
+                        min_queries=queries,
+                        min_seconds=seconds,
+                        progress=screen.progress(f"{where} {size}x{length}"),
+                    )
+                    rows += comparing.rows(taken)
+                    environment = dict(taken[0].environment)
+    if json_:
+        _print({"rows": rows, "environment": environment})
+        return
+    per_shape = len(opened)
+    for start in range(0, len(rows), per_shape):
+        first, *others = rows[start : start + per_shape]
+        print(f"{first['target']}, batch {first['batch']} x sequence {first['sequence']}")
+        _table(first, others, None)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"{option} '{text}' is not a list of positive numbers like 1,8.")
+    return numbers
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="A run folder, or artifact folders to measure.")],
+    target: TargetOption = "cpu",
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """The table of a run against its original, or of artifacts measured now against the first."""
+    from .pipeline import read_summary
+
+    if len(runs) == 1:
+        summary = read_summary(runs[0])
+        document = {name: summary[name] for name in ("original", "results", "chosen", "refused")}
+    else:
+        from .benchmarks import compare as comparing
+        from .benchmarks import load
+        from .export.artifact import open_artifact
+
+        with ExitStack() as stack:
+            step = Screen(stack).progress("compare")
+            taken = load.benchmark([open_artifact(folder) for folder in runs], target=target, progress=step)
+        original, *results = comparing.rows(taken)
+        document = {"original": original, "results": results, "chosen": None, "refused": []}
+    if json_:
+        _print(document)
+    else:
+        _table(document["original"], document["results"], document["chosen"])
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """Write report.html and report.md of a finished run anew."""
+    from .benchmarks.report import write_report
+
+    page = write_report(run)
+    if json_:
+        _print({"report": str(page)})
+    else:
+        print(page)
+
+
+@app.command()
+def targets(json_: Json = False, verbose: Verbose = False, seed: Seed = 0) -> None:
+    """What this machine can run, and what is missing for the rest."""
+    from .benchmarks.tables import plain_table
+    from .benchmarks.targets import listing
+
+    rows = listing()
+    if json_:
+        _print({"targets": rows})
+    else:
+        lines = [[row["target"], "yes" if row["available"] else "no", row["note"]] for row in rows]
+        plain_table(["target", "available", ""], lines)
+
+
+@app.command()
+def methods(json_: Json = False, verbose: Verbose = False, seed: Seed = 0) -> None:
+    """Every score, quantizer, runtime and family, with its source."""
+    from .benchmarks.tables import plain_table
+    from .methods import listing
+
+    rows = listing()
+    if json_:
+        _print({"methods": rows})
+    else:
+        plain_table(["kind", "name", "what", "source"], [[r["kind"], r["name"], r["what"], r["source"]] for r in rows])
