@@ -256,7 +256,7 @@ def prune(
     method: Annotated[str, typer.Option("--method", help="Score; see 'edgepress methods'.")] = "fisher",
     ratio: Annotated[float, typer.Option("--ratio", help="Share of heads and feed-forward channels that goes.")] = 0.5,
     recover: Annotated[str, typer.Option("--recover", help="none, reconstruct or distill.")] = "reconstruct",
-    steps: Annotated[int, typer.Option("--steps", help="Steps of distillation.", min=1)] = 120,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of distillation.", min=1)] = 160,
     target: Annotated[str | None, typer.Option("--target", hidden=True)] = None,
     speedup: Annotated[str | None, typer.Option("--speedup", hidden=True)] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint folder to write.")] = Path("pruned"),

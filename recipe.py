@@ -59,7 +59,7 @@ class Level(_Strict):
 class Recover(_Strict):
     reconstruct: bool = True
     """Re-solve what is left by least squares, before any training."""
-    steps: int = Field(default=120, ge=0)
+    steps: int = Field(default=160, ge=0)
     """Steps of distillation from the original; 0 for none."""
     batch: int = Field(default=32, ge=1)
     lr: float = Field(default=5e-4, gt=0)

@@ -152,7 +152,7 @@ def heat_map(kind: str, counts: Sequence[int], gone: dict[int, set[int]], blocks
             share = sum(int(index) in lost for index in members) / len(members)
             shade = float(np.mean([ranks[layer][index] for index in members])) if ranks else 0.5
             x = left + position * cell
-            tip = f"layer {layer}, {kind} {members[0]}–{members[-1]}: {share:.0%} removed ({note})"
+            tip = f"layer {layer}, {kind} {members[0]} to {members[-1]}: {share:.0%} removed ({note})"
             box = f'x="{x:.1f}" width="{cell - 1.5:.1f}"'
             parts.append(
                 f'<g><title>{tip}</title><rect class="heat" {box} y="{y}" height="{row_height}" '

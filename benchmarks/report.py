@@ -165,10 +165,10 @@ def _gate(summary: Row) -> str:
 
 
 def _stages(stages: Sequence[Row]) -> str:
-    lines = [
-        f"<tr><td>{escape(stage['name'])}</td><td>{stage['seconds']:.1f}{' (used again)' if stage['reused'] else ''}</td></tr>"
-        for stage in stages
-    ]
+    lines = []
+    for stage in stages:
+        note = " (used again)" if stage["reused"] else ""
+        lines.append(f"<tr><td>{escape(stage['name'])}</td><td>{stage['seconds']:.1f}{note}</td></tr>")
     head = '<th scope="col">stage</th><th scope="col">seconds</th>'
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 

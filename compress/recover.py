@@ -43,7 +43,7 @@ def recover(
     pruned: Workload,
     original: Workload,
     *,
-    steps: int = 120,
+    steps: int = 160,
     batch: int = 32,
     lr: float = 5e-4,
     seed: int = 0,

