@@ -305,6 +305,7 @@ class _Run:
         """Prune, recover, export and quantize at one level; what the gate keeps of it."""
         options = self.recipe.recover
         facts = {"level": level.model_dump(), "score": self.recipe.score.model_dump()}
+        self.show.say(f"level {number}: {level.title}")
 
         def cut(place: Path, progress: Progress) -> dict[str, Any]:
             pruned = surgery.prune(self.workload, by_ratio(self.workload.structure, scores.values, level.shares))
@@ -335,11 +336,11 @@ class _Run:
             self.trace = {"recover": result["trace"]}
             pruned = checkpoint.read(folder / "checkpoint", self.workload.data)
         name, plan = f"export-{number}", QuantizationPlan("fp32")
-        small = self._artifact(name, f"{level.title} fp32", pruned, plan, facts, original)
+        small = self._artifact(name, f"pruned {number} fp32", pruned, plan, facts, original)
         if not self.judge(name, original, small):
             return []
         self.checkpoint, self.plan = folder / "checkpoint", pruned.plan
-        title = f"{level.title} int8"
+        title = f"pruned {number} int8"
         quantized = self._quantized(f"quantize-{number}", title, pruned, small, small)
         return [small, quantized] if quantized else [small]
 

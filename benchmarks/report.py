@@ -18,7 +18,7 @@ from .measurement import Measurement
 
 Row = dict[str, Any]
 
-FIELDS = ("name", "precision", "params", "size_bytes", "p50", "p90", "p99", "speedup", "quality", "drop")
+FIELDS = ("name", "speedup", "quality", "drop", "p50", "p90", "p99", "size_bytes", "params", "precision")
 """What each of ``tables.COLUMNS`` shows, as the ``data-field`` of its cells."""
 
 
@@ -161,7 +161,7 @@ def _gate(summary: Row) -> str:
         for entry in entries
     ]
     head = '<th scope="col">verdict</th><th scope="col">variant</th><th scope="col">why</th>'
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return f'<div class="wide words"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _stages(stages: Sequence[Row]) -> str:

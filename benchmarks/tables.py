@@ -8,7 +8,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-COLUMNS = ("variant", "precision", "params", "MB", "p50 ms", "p90 ms", "p99 ms", "speedup", "quality", "drop")
+COLUMNS = ("variant", "speedup", "quality", "drop", "p50 ms", "p90 ms", "p99 ms", "MB", "params", "precision")
 
 
 def cells(row: Row, original: Row) -> list[str]:
@@ -18,15 +18,15 @@ def cells(row: Row, original: Row) -> list[str]:
     share = row["size_bytes"] / original["size_bytes"]
     return [
         row["name"],
-        row["precision"],
-        f"{row['params'] / 1e6:.1f} M",
-        f"{row['size_bytes'] / 1e6:.1f} ({share:.0%})",
-        f"{latency['p50']:.2f}{around}",
-        f"{latency['p90']:.2f}",
-        f"{latency['p99']:.2f}" if latency["p99"] is not None else f"— (n={latency['n']})",
         speedup_text(row["speedup"]),
         quality_text(row["quality"]),
         drop_text(row["quality"]),
+        f"{latency['p50']:.2f}{around}",
+        f"{latency['p90']:.2f}",
+        f"{latency['p99']:.2f}" if latency["p99"] is not None else f"— (n={latency['n']})",
+        f"{row['size_bytes'] / 1e6:.1f} ({share:.0%})",
+        f"{row['params'] / 1e6:.1f} M",
+        row["precision"],
     ]
 
 
@@ -63,7 +63,9 @@ def rich_table(original: Row, results: Sequence[Row], chosen: str | None) -> Any
 
     table = Table(header_style="bold")
     for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if number < 2 else "right")
+        table.add_column(
+            name, no_wrap=name == "variant", justify="left" if number in {0, len(COLUMNS) - 1} else "right"
+        )
     for row in (original, *results):
         style = "bold green" if row["name"] == chosen else ""
         table.add_row(*(Text(text, style=style) for text in cells(row, original)))

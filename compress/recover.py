@@ -60,11 +60,12 @@ def recover(
     trained = [p for p in weights if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    scale = _mean_square_logit(original, batch)
     trace: list[dict[str, float]] = []
     for step, rows in zip(range(steps), _endless(original.data.train, batch, seed), strict=False):
         with torch.no_grad():
             target = _features(original, rows.inputs)
-        loss = _distance(_features(student, rows.inputs), target, rows.inputs["attention_mask"])
+        loss = _distance(_features(student, rows.inputs), target, rows.inputs["attention_mask"], scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(trained, CLIP))
@@ -110,9 +111,15 @@ def _features(workload: Workload, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
     return seen[0], logits
 
 
-def _distance(student: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    """Squared error over the target's own squares, of hidden states at real tokens plus of logits."""
+def _mean_square_logit(original: Workload, batch: int) -> float:
+    """The size of the original's logits: their mean square over the calibration rows."""
+    with torch.no_grad():
+        logits = torch.cat([original.forward(rows.inputs) for rows in original.data.calibration.batches(batch)])
+    return float(logits.square().mean())
+
+
+def _distance(student: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], mask: Tensor, scale: float) -> Tensor:
+    """Squared error of hidden states at real tokens over the target's own squares, plus that of logits over ``scale``."""
     real = mask.bool()
     hidden = (student[0][real] - target[0][real]).square().sum() / target[0][real].square().sum()
-    logits = (student[1] - target[1]).square().sum() / target[1].square().sum()
-    return hidden + logits
+    return hidden + (student[1] - target[1]).square().mean() / scale

@@ -55,7 +55,10 @@ def write(workload: Workload, place: Path) -> None:
     (place / "config.json").write_text(json.dumps(dict(workload.skeleton.config), indent=2) + "\n", encoding="utf-8")
     (place / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().contiguous() for name, tensor in workload.module.state_dict().items()}
-    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk among others
+        raise InputError(f"{place.name} cannot be written: {error}.") from error
     (place / "model.safetensors").chmod(0o644)
 
 

@@ -77,10 +77,10 @@ def _solve(then: tuple[Workload, Site], now: tuple[Workload, Site], rows: Rows, 
         real = batch.inputs["attention_mask"].bool()
         _, wanted = _at(*then, batch.inputs)
         inputs, found = _at(*now, batch.inputs)
-        features = torch.nn.functional.pad(inputs[real], (0, 1), value=1.0)
+        features = torch.nn.functional.pad(inputs[real], (0, 1), value=1.0).double()
         missing = (wanted - found)[real] + consumer(inputs[real])
-        gram += (features.T @ features).double()
-        cross += (missing.T @ features).double()
+        gram += features.T @ features
+        cross += missing.double().T @ features
     held = torch.cat([consumer.weight, consumer.bias[:, None]], dim=1).double()
     weight = ridge * gram.diagonal().mean()
     solved = torch.linalg.solve(gram + weight * torch.eye(width), (cross + weight * held).T).T.float()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from edgepress.errors import EdgepressError, InputError
 from edgepress.models import data
@@ -26,9 +27,9 @@ def test_splits_do_not_overlap_and_duplicates_are_gone(workload: Any) -> None:
 def test_splits_do_not_depend_on_the_order_of_the_file(
     model_folder: Path, reviews_csv: Path, workload: Any, tmp_path: Path
 ) -> None:
-    header, *lines = reviews_csv.read_text().splitlines(keepends=True)
+    frame = pd.read_csv(reviews_csv, dtype=str)
     shuffled = tmp_path / "shuffled.csv"
-    shuffled.write_text(header + "".join(lines[::-1] + lines[:50]))
+    pd.concat([frame[::-1], frame[:50]]).to_csv(shuffled, index=False)
     mapping = {"text": "review", "label": "stars"}
     again = data.load(str(shuffled), model_folder, ("negative", "positive"), columns=mapping, max_length=64)
     assert again.evaluation.fingerprint == workload.data.evaluation.fingerprint

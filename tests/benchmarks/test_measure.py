@@ -1,0 +1,149 @@
+"""Measurements are raw samples; statistics and verdicts follow from them and from nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import edgepress as ep
+import numpy as np
+import pytest
+from edgepress.benchmarks import compare, environment, targets
+from edgepress.benchmarks.measurement import Measurement
+from edgepress.errors import InputError, UnavailableError, UsageError
+
+ENVIRONMENT = environment.fingerprint(2)
+
+
+def made_up(samples: Any, **changes: Any) -> Measurement:
+    base = Measurement(
+        name="a",
+        artifact="a",
+        target="cpu:2",
+        precision="fp32",
+        params=10,
+        macs=20,
+        size_bytes=30,
+        load_ms=1.5,
+        peak_rss_bytes=40,
+        batch=1,
+        sequence=128,
+        samples_ms=tuple(float(s) for s in samples),
+        environment=ENVIRONMENT,
+    )
+    return replace(base, **changes)
+
+
+def drifting(rounds: int = 1200) -> np.ndarray[Any, Any]:
+    """A machine that slows down by half over the run, with noise and spikes."""
+    random = np.random.default_rng(0)
+    spikes = 1 + 4 * (random.random(rounds) < 0.01)
+    return np.linspace(1, 1.5, rounds) * np.exp(random.normal(0, 0.02, rounds)) * spikes
+
+
+def test_statistics_are_those_of_the_samples() -> None:
+    samples = drifting()
+    found = made_up(samples)
+    assert [found.p50, found.p90, found.p99] == pytest.approx(np.percentile(samples, [50, 90, 99]))
+    low, high = found.interval()
+    assert low < found.p50 < high
+    assert found.throughput == pytest.approx(1000 / found.p50)
+
+
+def test_p99_needs_a_thousand_samples() -> None:
+    assert made_up(drifting(999)).p99 is None
+    assert made_up(drifting(1000)).p99 is not None
+
+
+def test_json_is_lossless() -> None:
+    found = made_up(drifting())
+    assert Measurement.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@pytest.mark.parametrize("hostile", [{}, [], {"name": 1}, {**made_up([1]).to_json(), "samples_ms": [-1]}])
+def test_other_json_is_refused(hostile: Any) -> None:
+    with pytest.raises(InputError):
+        Measurement.from_json(hostile)
+
+
+def test_the_same_thing_twice_is_no_difference() -> None:
+    samples = drifting()
+    noise = np.exp(np.random.default_rng(1).normal(0, 0.02, len(samples)))
+    found = compare.speedup(made_up(samples), made_up(samples * noise))
+    assert found.low < 1 < found.high
+    assert found.verdict == "no difference"
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(0.8, "faster"), (1.25, "slower")])
+def test_drift_does_not_hide_a_difference(factor: float, verdict: str) -> None:
+    samples = drifting()
+    noise = np.exp(np.random.default_rng(1).normal(0, 0.02, len(samples)))
+    found = compare.speedup(made_up(samples), made_up(samples * factor * noise))
+    assert found.verdict == verdict
+    assert found.low < 1 / factor < found.high
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": 8},
+        {"sequence": 32},
+        {"target": "cpu:1"},
+        {"environment": {**ENVIRONMENT, "cpu": "another"}},
+        {"environment": {**ENVIRONMENT, "threads": 1}},
+        {"samples_ms": (1.0, 2.0)},
+    ],
+)
+def test_what_is_not_comparable_is_not_compared(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="cannot be compared"):
+        compare.speedup(made_up(drifting()), made_up(drifting(), **change))
+
+
+def test_throttling_and_other_load_are_seen() -> None:
+    assert any("moved from" in sign for sign in environment.unsteady(drifting()))
+    random = np.random.default_rng(0)
+    busy = np.where(random.random(1000) < 0.2, 3.0, 1.0)
+    assert any("p90" in sign for sign in environment.unsteady(busy))
+    assert not environment.unsteady(1 + 0.01 * random.random(1000))
+
+
+def test_real_artifacts_interleaved(workload: Any, tmp_path: Path) -> None:
+    first = ep.export(workload, tmp_path / "a")
+    second = ep.export(workload, tmp_path / "b", ep.quantize(workload))
+    seen: list[int] = []
+    taken = ep.benchmark(
+        [first, second],
+        target="cpu:1",
+        batch=2,
+        sequence=16,
+        min_queries=60,
+        progress=lambda *step: seen.append(step[0]),
+    )
+    assert [len(item.samples) for item in taken] == [60, 60]
+    assert all(item.samples.min() > 0 and item.peak_rss_bytes and item.load_ms for item in taken)
+    rows = ep.compare(taken)
+    assert rows[0]["speedup"] is None
+    assert rows[1]["speedup"]["value"] == pytest.approx(np.median(taken[0].samples) / np.median(taken[1].samples))
+    with pytest.raises(UsageError, match="1 to 64, not 65"):
+        ep.benchmark([first], sequence=65)
+
+
+@pytest.mark.parametrize("text", ["cpu:0", "cpu:999", "gpu", "", "cpu:x", "CPU", "; rm"])
+def test_targets_that_do_not_exist(text: str) -> None:
+    with pytest.raises(UsageError):
+        targets.parse(text)
+
+
+@pytest.mark.parametrize("text", ["cuda", "tensorrt", "cpu:openvino", "ssh://me@host/cpu:2"])
+def test_targets_that_are_planned(text: str) -> None:
+    with pytest.raises(UnavailableError, match="not available yet"):
+        targets.parse(text)
+
+
+def test_a_host_returns_what_was_printed_and_says_why_it_failed(tmp_path: Path) -> None:
+    with targets.get("local").connect("local") as host:
+        assert host.run(["python", "-c", "print('x' * 100000)"]) == b"x" * 100000 + b"\n"
+        with pytest.raises(ep.errors.EdgepressError, match="code 3: why"):
+            host.run(["python", "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])

@@ -1,0 +1,111 @@
+"""The report, in a real browser: it renders, says nothing to the console, and shows what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgepress.benchmarks.report import write_report
+from edgepress.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    if chromium is None and not os.environ.get("EDGEPRESS_REQUIRE_BROWSER"):
+        pytest.skip("Chromium is not installed; EDGEPRESS_REQUIRE_BROWSER=1 makes this an error")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+def _open(browser: Any, path: Path, scheme: str = "light", width: int = 1280) -> tuple[Any, list[str]]:
+    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(f"dialog {dialog.message}"))
+    page.on("request", lambda request: complaints.append(request.url) if not request.url.startswith("file:") else None)
+    page.goto(path.as_uri())
+    return page, complaints
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 420])
+def test_it_renders(browser: Any, finished_run: Path, scheme: str, width: int) -> None:
+    page, complaints = _open(browser, finished_run / "report.html", scheme, width)
+    assert complaints == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    pictures = page.locator("svg").all()
+    assert len(pictures) >= 4
+    assert all(box and box["width"] > 100 and box["height"] > 20 for box in (p.bounding_box() for p in pictures))
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, background[4:-1].split(","))) < 384) == (scheme == "dark")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != background
+    page.close()
+
+
+def test_its_figures_are_the_measured_ones(browser: Any, finished_run: Path) -> None:
+    page, _ = _open(browser, finished_run / "report.html")
+    lines = (finished_run / "measurements.jsonl").read_text().splitlines()
+    measured = [json.loads(line) for line in lines]
+    shown = page.evaluate(
+        """[...document.querySelectorAll('#comparison tbody tr')].map(row => Object.fromEntries(
+             [...row.children].map(cell => [cell.dataset.field, cell.dataset.value ?? null])))"""
+    )
+    assert [row["name"] for row in shown] == [item["name"] for item in measured]
+    first = np.median(measured[0]["samples_ms"])
+    for row, item in zip(shown, measured, strict=True):
+        samples = np.array(item["samples_ms"])
+        assert float(row["p50"]) == pytest.approx(np.median(samples), rel=1e-12)
+        assert float(row["p90"]) == pytest.approx(np.percentile(samples, 90), rel=1e-12)
+        assert row["p99"] is None, "200 samples are too few for a p99"
+        assert float(row["quality"]) == item["quality"]["value"]
+        assert int(row["size_bytes"]) == (finished_run / item["artifact"] / "model.onnx").stat().st_size
+        if item is not measured[0]:
+            assert float(row["speedup"]) == pytest.approx(first / np.median(samples), rel=1e-12)
+            assert float(row["drop"]) == item["quality"]["drop"]
+    page.close()
+
+
+def test_hostile_names_stay_text(browser: Any, finished_run: Path, tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>$body|"
+    summary = json.loads((finished_run / "summary.json").read_text())
+    lines = [json.loads(line) for line in (finished_run / "measurements.jsonl").read_text().splitlines()]
+    lines[-1]["name"] = summary["chosen"] = summary["name"] = summary["origin"] = evil
+    summary["refused"] = [{"stage": evil, "variant": evil, "reason": evil}]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "measurements.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page, complaints = _open(browser, write_report(tmp_path))
+    assert complaints == []
+    assert page.locator("script").count() == 1
+    assert page.locator("img").count() == 0
+    assert page.locator("h1").inner_text().startswith(evil)
+    page.close()
+
+
+def test_a_run_that_kept_nothing(browser: Any, finished_run: Path, tmp_path: Path) -> None:
+    summary = json.loads((finished_run / "summary.json").read_text())
+    lines = (finished_run / "measurements.jsonl").read_text().splitlines()[:1]
+    nothing = {"chosen": None, "removed": {}, "scores": None, "trace": {}, "kept": [], "results": []}
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, **nothing, "warnings": ["a noisy machine"]}))
+    (tmp_path / "measurements.jsonl").write_text("\n".join(lines))
+    page, complaints = _open(browser, write_report(tmp_path))
+    assert complaints == []
+    assert "the original is kept" in page.locator(".headline").inner_text()
+    assert "a noisy machine" in page.inner_text("main")
+    page.close()
+
+
+def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a finished run"):
+        write_report(tmp_path)

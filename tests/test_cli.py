@@ -1,0 +1,227 @@
+"""The command line: every verb does its work, and bad use is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+COLUMNS = ("--columns", "text=review,label=stars")
+
+
+def refused(done: Any, message: str) -> None:
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_verbs_one_after_the_other(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    data = ("--data", reviews_csv, *COLUMNS, "--json")
+
+    def run(*args: Any) -> Any:
+        done = edgepress(*args)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    found = run("inspect", model_folder, *data)
+    assert len(found["blocks"]) == 3
+    scored = run("score", model_folder, *data, "--method", "taylor", "-o", tmp_path / "scores.json")
+    assert len(scored["units"]) == 3 * (4 + 128 + 1)
+    assert json.loads((tmp_path / "scores.json").read_text()) == scored
+    pruned = run("prune", model_folder, *data, "--ratio", "0.5", "-o", tmp_path / "pruned")
+    assert pruned["params_after"] < pruned["params_before"]
+    assert pruned["quality"]["drop"] is not None
+    exported = run("export", tmp_path / "pruned", *data, "--to", "onnx", "-o", tmp_path / "fp32")
+    assert exported["parity"]["max_abs"] < 1e-3
+    quantized = run("quantize", tmp_path / "pruned", *data, "--scheme", "int8-dynamic", "-o", tmp_path / "int8")
+    assert quantized["precision"] == "int8-dynamic"
+    measure = ("--queries", 50, "--seconds", 1, "--json")
+    rows = run(
+        "bench", tmp_path / "fp32", tmp_path / "int8", "--target", "cpu:1", "--batch", "1,2", "--seq", "16", *measure
+    )
+    assert [row["batch"] for row in rows["rows"]] == [1, 1, 2, 2]
+    assert rows["environment"]["cpus"] >= 1
+    assert len(run("targets", "--json")["targets"]) >= 5
+    listed = {(row["kind"], row["name"]) for row in run("methods", "--json")["methods"]}
+    assert {("score", "fisher"), ("quantizer", "int8-dynamic"), ("runtime", "onnx"), ("family", "bert")} <= listed
+    assert all(row["source"] and row["what"] for row in run("methods", "--json")["methods"])
+
+
+def test_compare_and_report_of_a_run(edgepress: Any, finished_run: Path) -> None:
+    done = edgepress("compare", finished_run)
+    assert done.returncode == 0
+    assert "original fp32" in done.stdout
+    (finished_run / "report.html").unlink()
+    assert edgepress("report", finished_run).returncode == 0
+    assert (finished_run / "report.html").is_file()
+
+
+@pytest.mark.parametrize("verb", ["inspect", "score", "prune", "targets", "methods"])
+def test_tables_for_people(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, verb: str) -> None:
+    model = () if verb in {"targets", "methods"} else (model_folder, "--data", reviews_csv, *COLUMNS)
+    done = edgepress(verb, *model, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 2
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:10000])
+
+
+def _with_nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _with_code(folder: Path) -> None:
+    (folder / "modeling.py").write_text("raise SystemExit('ran')")
+
+
+def _of_another_type(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+
+
+def _with_pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _without_a_layer(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["bert.encoder.layer.1.output.dense.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncated, "cannot be loaded"),
+        (_with_nan, "NaN or infinite"),
+        (_with_code, "does not run"),
+        (_of_another_type, "'mamba'"),
+        (_with_pickle_only, "no .safetensors"),
+        (_without_a_layer, "lacks 1 of the model's tensors"),
+    ],
+)
+def test_bad_models(
+    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, damage: Any, message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    damage(folder)
+    done = edgepress("compress", folder, "--data", reviews_csv, *COLUMNS, "-o", tmp_path / "run")
+    refused(done, message)
+    assert not (tmp_path / "run/artifact").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "message"),
+    [
+        ("review,stars\ngood,1\n", "text=review,label=rating", "no column 'rating'"),
+        ("", "text=review,label=stars", "is empty"),
+        (
+            "review,stars\n" + "".join(f"row {i},1\n" for i in range(50)),
+            "text=review,label=stars",
+            "at least two labels",
+        ),
+        ("review,stars\n" + "".join(f"row {i},{i}\n" for i in range(50)), "text=review,label=stars", "not one of"),
+        ("review,stars\na,0\nb,1\n", "text=review,label=stars", "at least 20"),
+    ],
+)
+def test_bad_rows(edgepress: Any, model_folder: Path, tmp_path: Path, content: str, columns: str, message: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    refused(edgepress("score", model_folder, "--data", path, "--columns", columns, "--json"), message)
+
+
+def test_labels_the_wrong_way_round(
+    edgepress: Any, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
+) -> None:
+    import pandas as pd
+
+    frame = pd.read_csv(reviews_csv, dtype=str)
+    frame["stars"] = frame["stars"].map({"0": "1", "1": "0"})
+    frame.to_csv(tmp_path / "wrong.csv", index=False)
+    args = ("--data", tmp_path / "wrong.csv", *COLUMNS, "--recipe", small_recipe, "-o", tmp_path / "run")
+    refused(edgepress("compress", model_folder, *args), "labels of the rows do not match")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["compress"], "Give a MODEL"),
+        (["compress", "zoo:nope"], "minilm-reviews"),
+        (["compress", "nowhere"], "no model folder 'nowhere'"),
+        (["compress", "zoo:minilm-reviews", "--target", "toaster"], "no target 'toaster'"),
+        (["compress", "zoo:minilm-reviews", "--target", "tensorrt"], "not available yet"),
+        (["compress", "zoo:minilm-reviews", "--max-drop", "lots"], "'lots' is not a drop"),
+        (["compress", "zoo:minilm-reviews", "--max-size", "3 bananas"], "not a size"),
+        (["compress", "zoo:minilm-reviews", "--speedup", "2x", "--max-latency", "5ms"], "not both"),
+        (["compress", "zoo:minilm-reviews", "--recipe", "nowhere.yaml"], "nowhere.yaml"),
+        (["compress", "--resume", "-o", "nowhere"], "no run to resume"),
+        (["compress", "zoo:minilm-reviews", "-o", "/dev/null"], "is a file"),
+        (["compress", "zoo:minilm-reviews", "-o", "/dev/null/run"], "cannot be written"),
+        (["score", "zoo:minilm-reviews", "--method", "nope"], "no score 'nope'"),
+        (["score", "zoo:minilm-reviews", "--validate", "5"], "not available yet"),
+        (["quantize", "zoo:minilm-reviews", "--scheme", "int4"], "not available yet"),
+        (["quantize", "zoo:minilm-reviews", "--scheme", "int3"], "no scheme 'int3'"),
+        (["export", "zoo:minilm-reviews", "--to", "openvino"], "not available yet"),
+        (["prune", "zoo:minilm-reviews", "--recover", "hope"], "no recovery 'hope'"),
+        (["bench", "nowhere"], "no artifact folder"),
+        (["bench", ".", "--batch", "x"], "not an artifact"),
+        (["compare", "."], "not a finished run"),
+        (["report", "."], "not a finished run"),
+    ],
+)
+def test_bad_use(edgepress: Any, tmp_path: Path, args: list[str], message: str) -> None:
+    refused(edgepress(*args, cwd=tmp_path), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_files_is_not_taken_for_a_run(edgepress: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    refused(edgepress("compress", "zoo:minilm-reviews", "-o", tmp_path), "holds other files")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_all_faults_of_a_recipe_at_once(edgepress: Any, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("model: zoo:minilm-reviews\nlevels: [{head: 2}]\nrecover: {steps: -1}\ncolour: red\n")
+    done = edgepress("compress", "--recipe", path, "-o", tmp_path / "run")
+    refused(done, "levels.0.head")
+    assert "recover.steps" in done.stderr
+    assert "colour" in done.stderr
+
+
+def test_a_full_disk(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    out = tmp_path / "pruned"
+    args = ("--data", reviews_csv, *COLUMNS, "--recover", "none", "-o", out)
+    refused(edgepress("prune", model_folder, *args, preexec_fn=small_files), "cannot be written")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_answers_at_once_and_without_torch() -> None:
+    code = "import sys, edgepress; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    best = 9.0
+    for _ in range(3):  # CPU time, not wall time; the least of three shrugs off what else the machine does
+        before = os.times()
+        done = subprocess.run([sys.executable, "-m", "edgepress", "--help"], capture_output=True, check=True)
+        after = os.times()
+        best = min(best, after.children_user + after.children_system - before.children_user - before.children_system)
+        assert b"compress" in done.stdout
+    assert best < 0.5

@@ -1,0 +1,114 @@
+"""The main job on a user's own model and rows; killed anywhere, it goes on to the same end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgepress.export.artifact import open_artifact
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_run_folder_holds_everything(finished_run: Path, workload: Any) -> None:
+    summary = json.loads((finished_run / "summary.json").read_text())
+    artifact = open_artifact(finished_run / "artifact")
+    assert summary["chosen"] == artifact.name
+    assert artifact.manifest.params < workload.params
+    for name in (
+        "recipe.yaml",
+        "measurements.jsonl",
+        "report.html",
+        "report.md",
+        f"{summary['checkpoint']}/edgepress.json",
+    ):
+        assert (finished_run / name).is_file(), name
+    assert summary["original"]["quality"]["drop"] is None
+    assert [row["name"] for row in summary["results"]][-1] == "pruned 1 int8" or summary["refused"]
+    assert not list(finished_run.rglob(".*"))
+
+
+def test_a_rerun_uses_every_stage_again(
+    edgepress: Any, finished_run: Path, model_folder: Path, reviews_csv: Path, small_recipe: Path
+) -> None:
+    before = _digest(finished_run / "artifact/model.onnx")
+    done = edgepress("compress", "--resume", "-o", finished_run, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert set(document) == {"original", "results", "chosen", "refused"}
+    assert set(document["original"]) >= {
+        *("name", "artifact", "target", "precision", "params", "macs", "size_bytes", "load_ms", "peak_rss_bytes"),
+        *("latency_ms", "speedup", "quality"),
+    }
+    assert all(stage["reused"] for stage in json.loads((finished_run / "summary.json").read_text())["stages"])
+    assert _digest(finished_run / "artifact/model.onnx") == before
+
+
+@pytest.mark.parametrize("stage", ["baseline", "prune-1", "recover-1", "export-1", "measure"])
+def test_killed_and_resumed(
+    finished_run: Path,
+    edgepress: Any,
+    model_folder: Path,
+    reviews_csv: Path,
+    small_recipe: Path,
+    tmp_path: Path,
+    stage: str,
+) -> None:
+    out = tmp_path / "run"
+    args = [model_folder, "--data", reviews_csv, "--columns", "text=review,label=stars", "--recipe", small_recipe]
+    command = [sys.executable, "-m", "edgepress", "compress", *map(str, args), "-o", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not list((out / "stages").glob(f".*-{stage}-*")):  # the stage is being written
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "summary.json").exists()
+    assert not list((out / "stages").glob(f"[0-9]*-{stage}-*"))
+    done = edgepress("compress", "--resume", "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert _digest(out / "artifact/model.onnx") == _digest(finished_run / "artifact/model.onnx")
+    stages = json.loads((out / "summary.json").read_text())["stages"]
+    assert any(entry["reused"] for entry in stages) or stage == "baseline"
+    assert not list(out.rglob(".*"))
+
+
+def test_a_constraint_that_cannot_be_met(
+    edgepress: Any, finished_run: Path, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
+) -> None:
+    args = ("--data", reviews_csv, "--columns", "text=review,label=stars", "--recipe", small_recipe)
+    done = edgepress("compress", model_folder, *args, "--speedup", "1000x", "-o", tmp_path / "run")
+    assert done.returncode == 3
+    assert "at least 1000x was asked" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert open_artifact(tmp_path / "run/artifact").size_bytes
+    assert "not met" in (tmp_path / "run/report.md").read_text()
+
+
+def test_the_gate_refuses_what_costs_too_much(
+    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "harsh.yaml"
+    recipe.write_text(
+        "max_length: 64\nlevels: [{head: 0.75, ffn: 0.9, block: 0.67}]\nrecover: {reconstruct: false, steps: 0}\n"
+        "measure: {sequence: 64, min_queries: 100, min_seconds: 1}\n"
+    )
+    args = ("--data", reviews_csv, "--columns", "text=review,label=stars", "--recipe", recipe, "--json")
+    done = edgepress("compress", model_folder, *args, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    refused = json.loads(done.stdout)["refused"]
+    assert [entry["stage"] for entry in refused][-1] == "export-1"
+    assert "1.00 are allowed" in refused[-1]["reason"]
+    assert refused[-1]["drop"] > 1
