@@ -12,7 +12,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,16 +100,16 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     scorers.get(recipe.score.method)
     if recipe.quantize:
         quantizers.get(recipe.quantize.scheme)
-    _claim(out, recipe)
     show = display or Silent()
-    workload = workloads.load(
-        recipe.model,
-        recipe.data,
-        columns=recipe.columns,
-        seed=recipe.seed,
-        max_length=recipe.max_length,
-        progress=show.progress("load"),
-    )
+    with _claimed(out, recipe):
+        workload = workloads.load(
+            recipe.model,
+            recipe.data,
+            columns=recipe.columns,
+            seed=recipe.seed,
+            max_length=recipe.max_length,
+            progress=show.progress("load"),
+        )
     if recipe.measure.sequence > workload.max_length:
         raise UsageError(f"Sequence {recipe.measure.sequence} is longer than the model's {workload.max_length} tokens.")
     run = _Run(out, recipe, workload, show, target)
@@ -117,15 +118,32 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     return outcome
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Make ``out`` a run folder; raise UsageError where it holds something else."""
+@contextmanager
+def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
+    """Make ``out`` a run folder, and unmake it where the block finds that there is nothing to run.
+
+    Raises UsageError where ``out`` holds something else.
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder for the run with -o.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").is_file():
+    path = out / "recipe.yaml"
+    if out.is_dir() and any(out.iterdir()) and not path.is_file():
         raise UsageError(f"{out} holds other files and is not a run folder; give another one with -o.")
-    write_text(out / "recipe.yaml", recipe.to_yaml())
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    write_text(path, recipe.to_yaml())
     for leftover in (out / "stages").glob(".*"):  # what a killed run was writing
         shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        yield
+    except EdgepressError:
+        if before is not None:
+            write_text(path, before)
+        else:
+            path.unlink()
+            for folder in new:
+                folder.rmdir()
+        raise
 
 
 class _Run:
@@ -455,6 +473,3 @@ def resumed_recipe(run: Path) -> dict[str, Any]:
     if not (run / "recipe.yaml").is_file():
         raise UsageError(f"There is no run to resume in {run}: it has no recipe.yaml.")
     return recipe.read(run / "recipe.yaml")
-
-
-__all__ = ["Display", "EdgepressError", "Outcome", "Silent", "compress", "read_summary", "resumed_recipe"]

@@ -119,7 +119,7 @@ def _mean_square_logit(original: Workload, batch: int) -> float:
 
 
 def _distance(student: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], mask: Tensor, scale: float) -> Tensor:
-    """Squared error of hidden states at real tokens over the target's own squares, plus that of logits over ``scale``."""
+    """Squared error of hidden states at real tokens over the target's squares, plus that of logits over ``scale``."""
     real = mask.bool()
     hidden = (student[0][real] - target[0][real]).square().sum() / target[0][real].square().sum()
     return hidden + (student[1] - target[1]).square().mean() / scale

@@ -54,7 +54,13 @@ def test_a_rerun_uses_every_stage_again(
     assert _digest(finished_run / "artifact/model.onnx") == before
 
 
-@pytest.mark.parametrize("stage", ["baseline", "prune-1", "recover-1", "export-1", "measure"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "stage",
+    ["baseline", "recover-1", "measure", *(pytest.param(s, marks=SLOW) for s in ("prune-1", "export-1", "quantize-1"))],
+)
 def test_killed_and_resumed(
     finished_run: Path,
     edgepress: Any,

@@ -1,0 +1,35 @@
+# Everything from nothing: `make demo` and `make test` set up what they need in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+EDITABLE ?=
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/edgepress compress zoo:minilm-reviews --target cpu --max-drop 1% -o runs/demo
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy -p edgepress
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) $(EDITABLE) -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) $(EDITABLE) -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info

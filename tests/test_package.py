@@ -1,0 +1,135 @@
+"""The package as others get it: what the wheel holds, that it works from there, and that the README is true."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import edgepress as ep
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()  # noqa: S607
+    source = out / "source"
+    for name in files:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", out, source], check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"edgepress", f"edgepress-{ep.__version__}.dist-info"}
+    inside = {name.removeprefix("edgepress/") for name in names if name.startswith("edgepress/")}
+    assert {"py.typed", "cli.py", "benchmarks/report.html", "benchmarks/runner.py", "models/zoo/fetch.py"} <= inside
+    assert not [name for name in inside if name.startswith(("tests", "benchmarks/peers", "benchmarks/results", "docs"))]
+
+
+def test_it_compresses_from_the_wheel(
+    wheel: Path, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
+) -> None:
+    """A new environment that sees the dependencies of this one, and edgepress from the wheel alone."""
+    folder = tmp_path / "env"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    packages = next(folder.glob("lib/python*/site-packages"))
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(here) + "\n")
+    zipfile.ZipFile(wheel).extractall(packages)
+
+    def run(*args: Any) -> str:
+        command = [python, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert Path(run("-c", "import edgepress; print(edgepress.__file__)").strip()).is_relative_to(folder)
+    assert "compress" in run("-m", "edgepress", "--help")
+    data = ("--data", reviews_csv, "--columns", "text=review,label=stars")
+    shown = run("-m", "edgepress", "compress", model_folder, *data, "--recipe", small_recipe, "-o", "run", "--json")
+    assert json.loads(shown)["original"]["name"] == "original fp32"
+    assert (tmp_path / "run/report.html").is_file()
+
+
+def test_imports_go_one_way() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--config", ROOT / "pyproject.toml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_verbs_are_functions_and_the_packages_still_packages() -> None:
+    import edgepress.compress.score as module
+    import edgepress.export.artifact
+
+    assert all(callable(getattr(ep, verb)) for verb in ep.__all__)
+    assert module.METHODS
+    assert edgepress.export.artifact.Artifact
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = ep.nothing
+
+
+def test_the_python_of_the_readme_runs(minilm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - our own README
+    assert names["rows"][1]["speedup"]["value"] > 0
+
+
+def commands() -> list[str]:
+    """Every edgepress command of the README's shell blocks, in order."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("edgepress ")]
+
+
+def test_the_commands_of_the_readme_run(
+    edgepress: Any, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
+) -> None:
+    """In order, as they stand there, in a folder that has the reader's model and rows.
+
+    Only what takes minutes is made shorter: ``compress`` is given a small recipe, on the reader's own model.
+    """
+    (tmp_path / "my-model").symlink_to(model_folder)
+    (tmp_path / "reviews.csv").symlink_to(reviews_csv)
+    found = commands()
+    assert len(found) >= 11
+    from edgepress.cli import app
+
+    assert {shlex.split(line)[1] for line in found} == {
+        command.callback.__name__ for command in app.registered_commands
+    }
+    for line in found:
+        words = shlex.split(line)[1:]
+        if words[0] == "compress" and "--resume" not in words:
+            words = [word.replace("zoo:minilm-reviews", "my-model") for word in words] + ["--recipe", str(small_recipe)]
+            if "--data" not in words:
+                words += ["--data", "reviews.csv", "--columns", "text=review,label=stars"]
+        done = edgepress(*words, cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE))
+    assert {"demo", "test"} <= named
+    assert all(f"\n{name}:" in makefile for name in named)
