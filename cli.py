@@ -26,7 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="zoo:NAME, a Hugging Face folder, or an edgepress checkpoint.")]
+Model = Annotated[
+    str, typer.Argument(help="zoo:NAME, a Hugging Face folder or hub id, a checkpoint, package.module:function.")
+]
 Data = Annotated[str | None, typer.Option("--data", help="CSV, TSV or JSONL file of labelled rows.")]
 Columns = Annotated[str | None, typer.Option("--columns", help="Column names: text=review,label=stars.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")]
@@ -80,7 +82,6 @@ class Screen:
 def main() -> None:
     """Run the command line; ends the process with the exit codes of errors.py."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         app()
     except EdgepressError as error:
@@ -197,14 +198,27 @@ def inspect(
         return
     from .benchmarks.tables import plain_table
 
-    print(f"{found['name']}: {found['family']}, {found['params']:,} parameters, {found['macs']:,} MACs")
-    plain_table(
-        ["layer", "heads", "head_dim", "feed-forward", "params", "MACs"],
-        [
-            [b["layer"], b["heads"], b["head_dim"], b["ffn"], f"{b['params']:,}", f"{b['macs']:,}"]
-            for b in found["blocks"]
-        ],
-    )
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in found["example"].items())
+    print(f"{found['name']}: {found['family']}, {found['params']:,} parameters, {found['macs']:,} MACs for {shapes}")
+    columns_ = {
+        "layer": "layer",
+        "stack": "stack",
+        "heads": "heads",
+        "kv_heads": "kv heads",
+        "cross_heads": "cross heads",
+        "head_dim": "head_dim",
+        "ffn": "feed-forward",
+        "hidden_size": "hidden",
+        "params": "params",
+        "macs": "MACs",
+    }
+    shown = {
+        name: title for name, title in columns_.items() if name == "layer" or any(b[name] for b in found["blocks"])
+    }
+    lines = [[f"{b[name]:,}" if isinstance(b[name], int) else b[name] or "" for name in shown] for b in found["blocks"]]
+    plain_table(list(shown.values()), lines)
+    for note in found["notes"]:
+        print(f"note: {note}")
 
 
 @app.command()
@@ -254,7 +268,12 @@ def prune(
     data: Data = None,
     columns: Columns = None,
     method: Annotated[str, typer.Option("--method", help="Score; see 'edgepress methods'.")] = "fisher",
-    ratio: Annotated[float, typer.Option("--ratio", help="Share of heads and feed-forward channels that goes.")] = 0.5,
+    ratio: Annotated[
+        str, typer.Option("--ratio", help="Share of heads and channels that goes, or by kind: ffn=0.5,block=0.25.")
+    ] = "0.5",
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="The same widths in every layer: a folder that AutoModel loads.")
+    ] = False,
     recover: Annotated[str, typer.Option("--recover", help="none, reconstruct or distill.")] = "reconstruct",
     steps: Annotated[int, typer.Option("--steps", help="Steps of distillation.", min=1)] = 160,
     target: Annotated[str | None, typer.Option("--target", hidden=True)] = None,
@@ -275,21 +294,27 @@ def prune(
     if recover not in {"none", "reconstruct", "distill"}:
         raise UsageError(f"There is no recovery '{recover}' (there is: none, reconstruct, distill).")
     scores.get(method)
+    shares = _shares(ratio)
     with ExitStack() as stack:
         from .compress import prune as pruning
         from .compress.prune.reconstruct import reconstruct
         from .compress.recover import recover as distill
         from .models import checkpoint, metrics
+        from .models.plain import plain_skeleton
 
         workload, screen = _load(stack, model, data, columns, seed)
         found = scores.score(workload, method, seed=seed, progress=screen.progress("score"))
-        pruned = pruning.prune(workload, found, ratio=ratio)
+        pruned = pruning.prune(workload, found, ratio=shares, uniform=uniform)
+        if uniform:
+            plain_skeleton(pruned)  # refused before anything is trained
         if recover != "none":
             pruned = reconstruct(workload, pruned, seed=seed, progress=screen.progress("reconstruct"))
         if recover == "distill":
             pruned = distill(pruned, workload, steps=steps, seed=seed, progress=screen.progress("distill")).workload
-        checkpoint.save(pruned, out)
-        quality = metrics.of_modules(pruned, workload, seed=seed, progress=screen.progress("evaluate"))
+        checkpoint.save(pruned, out, plain=uniform)
+        judge = screen.progress("evaluate")
+        rows = len(workload.data.evaluation)
+        quality = metrics.of_modules(pruned, workload, seed=seed, progress=judge) if rows else None
     document = {
         "checkpoint": str(out),
         "plan": pruned.plan.to_json(),
@@ -303,7 +328,9 @@ def prune(
         _print(document)
         return
     print(f"parameters {workload.params:,} → {pruned.params:,}\nMACs       {workload.macs:,} → {pruned.macs:,}")
-    print(f"{quality['metric']}   {quality['value']:.2f} (drop {quality['drop']:.2f})\ncheckpoint {out}")
+    if quality:
+        print(f"{quality['metric']}   {quality['value']:.2f} (drop {quality['drop']:.2f})")
+    print(f"checkpoint {out}")
 
 
 @app.command()
@@ -420,6 +447,16 @@ def bench(
         first, *others = rows[start : start + per_shape]
         print(f"{first['target']}, batch {first['batch']} x sequence {first['sequence']}")
         _table(first, others, None)
+
+
+def _shares(text: str) -> float | dict[str, float]:
+    """``0.5``, or ``ffn=0.5,block=0.25``."""
+    try:
+        if "=" not in text:
+            return float(text)
+        return {kind.strip(): float(share) for kind, share in (part.split("=", 1) for part in text.split(","))}
+    except ValueError as error:
+        raise UsageError(f"--ratio '{text}' is not a share like 0.5, or shares like ffn=0.5,block=0.25.") from error
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -245,6 +245,10 @@ class _Run:
         saved: NDArray[np.float32] = np.load(self._baseline_folder / "logits.npy", allow_pickle=False)
         return saved
 
+    def _read(self, folder: Path) -> Workload:
+        skeleton = self.workload.skeleton
+        return checkpoint.read(folder, self.workload.data, skeleton.architecture if skeleton.is_function else "")
+
     # ---- the gate
 
     def judge(self, stage: str, before: Variant, after: Variant) -> bool:
@@ -333,7 +337,7 @@ class _Run:
             return {}
 
         _, folder, _ = self.stage(f"prune-{number}", {**facts, "reconstruct": options.reconstruct}, cut)
-        pruned = checkpoint.read(folder / "checkpoint", self.workload.data)
+        pruned = self._read(folder / "checkpoint")
         facts["recover"] = options.model_dump()
         if options.steps:
 
@@ -352,7 +356,7 @@ class _Run:
 
             _, folder, result = self.stage(f"recover-{number}", facts, train)
             self.trace = {"recover": result["trace"]}
-            pruned = checkpoint.read(folder / "checkpoint", self.workload.data)
+            pruned = self._read(folder / "checkpoint")
         name, plan = f"export-{number}", QuantizationPlan("fp32")
         small = self._artifact(name, f"pruned {number} fp32", pruned, plan, facts, original)
         if not self.judge(name, original, small):

@@ -102,7 +102,7 @@ def _features(workload: Workload, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:
         seen.append(output)
 
-    last = workload.structure.of_kind("block")[-1].consumer
+    last = workload.structure.of_kind("block")[-1].block
     handle = workload.module.get_submodule(last).register_forward_hook(keep)
     try:
         logits = workload.forward(inputs)

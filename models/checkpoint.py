@@ -9,29 +9,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import InputError
 from ..files import new_folder
 from ..plan import PruningPlan, read_json
 from . import data as rows
-from . import families, surgery, zoo
+from . import mapping, surgery, zoo
+from .plain import plain_skeleton
 from .skeleton import Skeleton
+from .structure import Structure
 from .workload import TOKENIZER_FILES, Progress, Workload, check_finite
 
 META = "edgepress.json"
 FORMAT = 1
 
 
-def save(workload: Workload, folder: Path) -> Path:
-    """Write ``workload``'s module as a checkpoint folder; returns it. Raises InputError where it cannot be written."""
+def save(workload: Workload, folder: Path, *, plain: bool = False) -> Path:
+    """Write ``workload``'s module as a checkpoint folder; returns it. Raises InputError where it cannot be written.
+
+    With ``plain`` the configuration says what is left, so that ``AutoModel.from_pretrained`` loads the folder without
+    edgepress; UsageError where it cannot.
+    """
+    if plain:
+        workload = replace(workload, skeleton=plain_skeleton(workload), plan=PruningPlan())
     with new_folder(folder) as place:
         write(workload, place)
     return folder
@@ -39,6 +48,7 @@ def save(workload: Workload, folder: Path) -> Path:
 
 def write(workload: Workload, place: Path) -> None:
     """Write the files of a checkpoint into an existing folder."""
+    ties = tied(workload.module)
     meta = {
         "format": FORMAT,
         "name": workload.name,
@@ -48,13 +58,15 @@ def write(workload: Workload, place: Path) -> None:
         "max_length": workload.max_length,
         "source": workload.source,
         "origin": workload.origin,
+        "tied": ties,
         "tools": {name: version(name) for name in ("torch", "transformers", "safetensors")},
     }
     for name, content in workload.files.items():
         (place / name).write_bytes(content)
     (place / "config.json").write_text(json.dumps(dict(workload.skeleton.config), indent=2) + "\n", encoding="utf-8")
     (place / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: tensor.detach().contiguous() for name, tensor in workload.module.state_dict().items()}
+    state = workload.module.state_dict()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items() if name not in ties}
     try:
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk among others
@@ -62,74 +74,105 @@ def write(workload: Workload, place: Path) -> None:
     (place / "model.safetensors").chmod(0o644)
 
 
+def tied(module: nn.Module) -> dict[str, str]:
+    """The names of parameters that are another one (an output layer that is the embedding), with that one's name."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name
+    }
+
+
 def load(
     folder: Path,
     data: str | None = None,
     *,
     columns: Mapping[str, str] | None = None,
+    function: str = "",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Workload:
-    """The workload that was saved in ``folder``, with the rows of ``data`` (default: those it was made with)."""
-    meta, skeleton = _description(folder)
+    """The workload that was saved in ``folder``, with the rows of ``data`` (default: those it was made with).
+
+    ``function`` as in :func:`read`.
+    """
+    meta, skeleton = _description(folder, function)
     source = data or str(meta["source"])
     if not source:
-        raise InputError(f"{folder} was made from a user's own rows; give them with --data.")
-    if source.startswith("zoo:"):
+        split = rows.Data.empty()
+    elif source.startswith("zoo:"):
         split = zoo.load(source.removeprefix("zoo:"), seed=seed, progress=progress).data
     else:
         length = int(meta["max_length"])
         split = rows.load(source, folder, skeleton.labels, columns=columns, seed=seed, max_length=length)
-    return read(folder, split)
+    return read(folder, split, function)
 
 
-def read(folder: Path, data: rows.Data) -> Workload:
+def read(folder: Path, data: rows.Data, function: str = "") -> Workload:
     """The workload that was saved in ``folder``, with these rows.
 
-    Raises InputError for anything missing, damaged or hostile in the folder.
+    ``function`` names the function that made the module, where one did: it is not run on the folder's word. Raises
+    InputError for anything missing, damaged or hostile in the folder.
     """
-    meta, skeleton = _description(folder)
+    meta, skeleton = _description(folder, function)
     plan = PruningPlan.from_json(meta["plan"])
-    module = restore(skeleton, plan, folder / "model.safetensors")
+    module, family, example = skeleton.make(meta["max_length"])
+    before = mapping.structure(module, family, None if family.blocks else example)
+    restore(module, before, plan, folder / "model.safetensors", meta["tied"])
+    dtype = next(module.parameters()).dtype
+    example = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example.items()}
     return Workload(
         name=meta["name"],
         module=module,
-        structure=families.structure(module, skeleton.family, meta["max_length"]),
+        structure=mapping.structure(module, family, example, before),
         data=data,
         skeleton=skeleton,
         max_length=meta["max_length"],
         origin=meta["origin"],
         source=meta["source"],
+        example=example,
         plan=plan,
         files={file: (folder / file).read_bytes() for file in TOKENIZER_FILES if (folder / file).is_file()},
     )
 
 
-def _description(folder: Path) -> tuple[dict[str, Any], Skeleton]:
+def _description(folder: Path, function: str) -> tuple[dict[str, Any], Skeleton]:
     """What ``edgepress.json`` says, every field of the type it should have, and the skeleton it describes."""
     meta = read_json(folder / META)
     types = {"format": int, "name": str, "architecture": str, "labels": list, "plan": dict, "max_length": int}
-    for field, kind in {**types, "source": str, "origin": str}.items():
+    if isinstance(meta, dict):
+        meta.setdefault("tied", {})
+    for field, kind in {**types, "source": str, "origin": str, "tied": dict}.items():
         if not isinstance(meta, dict) or not isinstance(meta.get(field), kind):
             raise InputError(
                 f"{folder / META} is not an edgepress checkpoint: '{field}' is missing or of another type."
             )
     if meta["format"] != FORMAT:
         raise InputError(f"{folder} has checkpoint format {meta['format']}; this version reads format {FORMAT}.")
+    if ":" in meta["architecture"] and meta["architecture"] != function:
+        raise InputError(
+            f"{folder} was made from the function {meta['architecture']}, which a file cannot make edgepress run; "
+            f"give it as {meta['architecture']}@{folder}."
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'} does not hold a JSON object.")
     return meta, Skeleton(meta["architecture"], config, tuple(map(str, meta["labels"])))
 
 
-def restore(skeleton: Skeleton, plan: PruningPlan, weights: Path) -> nn.Module:
-    """The skeleton with ``plan`` replayed on it and the tensors of ``weights`` laid in, in evaluation mode."""
-    module = skeleton.build()
+def restore(module: nn.Module, structure: Structure, plan: PruningPlan, weights: Path, ties: Mapping[str, str]) -> None:
+    """Replay ``plan`` on a skeleton's module, which has ``structure``, and lay the tensors of ``weights`` in.
+
+    ``ties`` names the parameters that have no tensor of their own, and the one that each is.
+    """
     if plan.removed:
-        surgery.remove(module, families.structure(module, skeleton.family, 1), plan)
+        surgery.remove(module, structure, plan)
     tensors = read_tensors(weights)
     expected: dict[str, Any] = module.state_dict()
     for name, tensor in expected.items():
+        if ties.get(name) in tensors:
+            continue
         if name not in tensors:
             raise InputError(f"{weights} has no tensor '{name}', which the model needs.")
         if tensors[name].shape != tensor.shape:
@@ -137,16 +180,22 @@ def restore(skeleton: Skeleton, plan: PruningPlan, weights: Path) -> nn.Module:
     surplus = sorted(set(tensors) - set(expected))
     if surplus:
         raise InputError(f"{weights} holds tensor '{surplus[0]}', which the model does not have.")
-    module.load_state_dict(tensors, assign=True)
+    module.load_state_dict(tensors, assign=True, strict=False)
+    for name, owner in ties.items():
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, module.get_parameter(owner))
     check_finite(module, str(weights))
     for parameter in module.parameters():
-        parameter.requires_grad_(True)
-    return module.eval()
+        parameter.requires_grad_(parameter.is_floating_point())
 
 
 def read_tensors(weights: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file; InputError where it is missing or damaged."""
+    """All tensors of a safetensors file; InputError where it is missing or damaged.
+
+    Each gets memory of its own: products of tensors that lie askew in the mapped file round differently.
+    """
     try:
-        return load_file(weights)
+        with safe_open(weights, "pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise InputError(f"{weights} cannot be read as safetensors: {error}.") from error

@@ -62,6 +62,8 @@ class Rows:
 
         With ``seed`` the rows of equal length and the order of the batches are shuffled; without, the order is fixed.
         """
+        if not len(self):
+            raise InputError("This needs labelled rows: give a CSV, TSV or JSONL file with --data.")
         lengths = np.array([len(ids) for ids in self.token_ids])
         if seed is None:
             order = np.argsort(lengths, kind="stable")
@@ -102,6 +104,12 @@ class Data:
     calibration: Rows
     evaluation: Rows
     metric: str = "accuracy"
+
+    @classmethod
+    def empty(cls) -> Data:
+        """No rows at all: enough to inspect a model, and to score and prune it by its weights."""
+        nothing = Rows((), np.array([], dtype=np.int64), 0)
+        return cls(nothing, nothing, nothing)
 
     def check_disjoint(self) -> None:
         """Raise InputError where a row is in two splits."""

@@ -134,7 +134,7 @@ def _forward(workload: Workload) -> Callable[[dict[str, NDArray[np.int64]]], NDA
     import torch
 
     def run(feeds: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = workload.forward({name: torch.from_numpy(array) for name, array in feeds.items()})
         result: NDArray[np.float32] = logits.numpy()
         return result

@@ -8,15 +8,25 @@ from torch import Tensor, nn
 
 
 class PooledClassifier(nn.Module):
-    """``encoder`` from a transformers configuration, the mean over its unmasked positions, and one linear layer."""
+    """An encoder from a transformers configuration, the mean over its unmasked positions, and one linear layer.
+
+    The encoder is held under the name that the library's own classifiers give it, so that ``AutoModel`` finds it in a
+    saved folder.
+    """
 
     def __init__(self, config: Any, num_labels: int) -> None:
         import transformers
 
         super().__init__()
         self.config = config
-        self.encoder = transformers.AutoModel.from_config(config, add_pooling_layer=False)
+        encoder = transformers.AutoModel.from_config(config, add_pooling_layer=False)
+        self.prefix = str(encoder.base_model_prefix)
+        self.add_module(self.prefix, encoder)
         self.classifier = nn.Linear(config.hidden_size, num_labels)
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.get_submodule(self.prefix)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean-pooled embeddings [batch, hidden] (Reimers & Gurevych 2019, arXiv 1908.10084)."""

@@ -1,7 +1,12 @@
-"""Load a folder that ``save_pretrained`` wrote, without network and without running code from it."""
+"""Load a folder that ``save_pretrained`` wrote, without network and without running code from it.
+
+Weights are read tensor by tensor into a skeleton, and become float32 whatever they are stored in. The folder of a PEFT
+adapter is its base model with the adapter merged in.
+"""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,52 +16,69 @@ from safetensors import SafetensorError
 from ..errors import InputError, UnavailableError
 from ..plan import read_json
 from . import data as rows
-from . import families
-from .skeleton import Skeleton
+from . import families, hub, mapping
+from .examples import example as make_example
+from .examples import longest
+from .skeleton import Skeleton, model_class
 from .workload import TOKENIZER_FILES, Workload, check_finite
+
+ADAPTER = "adapter_config.json"
+MAX_LENGTH = 128
 
 
 def load(
     folder: Path,
     data: str | None,
     *,
+    name: str,
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
-    max_length: int = 128,
+    max_length: int | None = None,
 ) -> Workload:
-    """The sequence classifier in ``folder`` with the labelled rows of ``data``.
+    """The model in ``folder`` with the labelled rows of ``data``, or with none.
 
     Raises InputError where the folder or the rows cannot be used, UnavailableError for other architectures.
     """
+    adapter = folder if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file() else None
+    if adapter:
+        folder = _base(adapter)
     config = _config(folder)
-    if not data:
-        raise InputError(f"{folder} needs labelled rows: give a CSV, TSV or JSONL file with --data.")
     family = families.of_model_type(str(config.get("model_type")))
-    architecture = next(iter(config.get("architectures") or []), "")
-    if architecture not in family.architectures:
-        raise UnavailableError(
-            f"{folder} holds a '{architecture}'; this version takes {', '.join(family.architectures)}."
-        )
-    longest = int(config.get("max_position_embeddings", max_length))
-    if max_length > longest:
-        raise InputError(f"The sequence length {max_length} is more than the {longest} positions of {folder}.")
+    architecture = str(next(iter(config.get("architectures") or []), ""))
     module = _module(folder, architecture)
-    id2label = module.config.id2label
-    skeleton = Skeleton(architecture, module.config.to_dict(), tuple(str(id2label[i]) for i in sorted(id2label)))
-    split = rows.load(data, folder, skeleton.labels, columns=columns, seed=seed, max_length=max_length)
-    structure = families.structure(module, family, max_length)
+    if adapter:
+        module = _merged(module, adapter)
+    check_finite(module, str(adapter or folder))
+    most = longest(module.config)
+    if max_length is not None and max_length > most:
+        raise InputError(f"The sequence length {max_length} is more than the {most} positions of {folder}.")
+    max_length = max_length or min(MAX_LENGTH, most)
+    skeleton = Skeleton(architecture, module.config.to_dict(), _labels(module.config, architecture))
+    split = rows.Data.empty()
+    if data:
+        split = rows.load(data, folder, skeleton.labels, columns=columns, seed=seed, max_length=max_length)
+    example = make_example(module, family.inputs, max_length)
+    structure = mapping.structure(module, family, example)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     return Workload(
-        name=folder.resolve().name,
+        name=name,
         module=module,
         structure=structure,
         data=split,
         skeleton=skeleton,
         max_length=max_length,
-        origin=f"{folder} and {data}",
+        origin=f"{folder} and {data}" if data else str(folder),
         source="",
+        example=example,
         files=files,
     )
+
+
+def _labels(config: Any, architecture: str) -> tuple[str, ...]:
+    """The names of a classifier's classes; every configuration has some, whether or not its model is a classifier."""
+    if not architecture.endswith("Classification"):
+        return ()
+    return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -68,9 +90,38 @@ def _config(folder: Path) -> dict[str, Any]:
     if code or "auto_map" in config:
         what = f"brings its own code ({', '.join(code)})" if code else "asks for its own code (auto_map)"
         raise InputError(f"{folder} {what}, which edgepress does not run.")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} has no .safetensors weights; save it again with save_pretrained.")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise InputError(f"{folder} has no weights: neither .safetensors nor pytorch_model.bin.")
     return config
+
+
+def _base(adapter: Path) -> Path:
+    """The folder of the model that an adapter was trained on: a path, also relative to the adapter's, or a hub id."""
+    options = read_json(adapter / ADAPTER)
+    named = options.get("base_model_name_or_path") if isinstance(options, dict) else None
+    if not isinstance(named, str) or not named:
+        raise InputError(f"{adapter / ADAPTER} does not name the model that it adapts (base_model_name_or_path).")
+    for place in (Path(named), adapter / named):
+        if place.is_dir():
+            return place
+    if hub.is_id(named):
+        return hub.download(named)
+    raise InputError(f"{adapter} adapts the model '{named}', which is not here.")
+
+
+def _merged(module: Any, adapter: Path) -> Any:
+    """``module`` with a PEFT adapter's weights added to its own (LoRA: Hu et al. 2021, arXiv 2106.09685)."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UnavailableError(f"{adapter} is a PEFT adapter: install edgepress[peft].") from error
+    if not any(adapter.glob("*.safetensors")):
+        raise InputError(f"{adapter} has no adapter_model.safetensors; other formats of adapters are not read.")
+    try:
+        return PeftModel.from_pretrained(module, str(adapter), local_files_only=True).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise InputError(f"The adapter in {adapter} cannot be merged: {why}.") from error
 
 
 def _module(folder: Path, architecture: str) -> Any:
@@ -80,18 +131,19 @@ def _module(folder: Path, architecture: str) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        module, info = getattr(transformers, architecture).from_pretrained(
+        config_class = type(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
+        module, info = model_class(architecture, config_class).from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
-            use_safetensors=True,
+            use_safetensors=any(folder.glob("*.safetensors")),
+            weights_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise InputError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}.") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} of the model's tensors, the first being '{missing[0]}'.")
-    check_finite(module, str(folder))
     return module.eval()

@@ -6,26 +6,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError, UnavailableError
-from . import families
+from . import families, functions
+from .examples import example
 
 POOLED = "PooledClassifier"
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """``architecture`` is a class of transformers that a family lists, or ``PooledClassifier``; ``config`` is the
-    family's own configuration as in ``config.json``; ``labels`` are the class names, in the order of the logits."""
+    """``architecture`` is a model class of transformers, ``PooledClassifier``, or a function that the user has named;
+    ``config`` is the family's own configuration as in ``config.json``; ``labels`` are the class names in the order of
+    the logits, empty where the model has no classes."""
 
     architecture: str
     config: Mapping[str, Any]
     labels: tuple[str, ...]
 
     @property
+    def is_function(self) -> bool:
+        return ":" in self.architecture
+
+    @property
     def family(self) -> families.Family:
+        """The family that the configuration names; a function's module has to be looked at instead."""
         return families.of_model_type(str(self.config.get("model_type")))
+
+    def make(self, length: int) -> tuple[nn.Module, families.Family, dict[str, Tensor]]:
+        """The module, its family, and one row of its inputs, of ``length`` tokens where there are any.
+
+        A function makes its module as it likes, with weights that are then replaced.
+        """
+        if self.is_function:
+            module, given = functions.module_and_example(self.architecture)
+            return module, families.of_module(module), given
+        module = self.build()
+        return module, self.family, example(module, self.family.inputs, length)
 
     def build(self) -> nn.Module:
         """The module with parameters on the meta device and buffers in place, in evaluation mode."""
@@ -39,15 +57,23 @@ class Skeleton:
             config = transformers.AutoConfig.for_model(**self.config)
         except (TypeError, ValueError) as error:
             raise InputError(f"config.json does not describe a {family.name} model: {error}.") from error
-        config.num_labels = len(self.labels)
+        if self.labels:
+            config.num_labels = len(self.labels)
         with init_empty_weights(include_buffers=False):
             if self.architecture == POOLED:
                 module: nn.Module = PooledClassifier(config, num_labels=len(self.labels))
-            elif self.architecture in family.architectures:
-                module = getattr(transformers, self.architecture)(config)
             else:
-                known = ", ".join((*family.architectures, POOLED))
-                raise UnavailableError(
-                    f"'{self.architecture}' is not supported for {family.name} (supported: {known})."
-                )
+                module = model_class(self.architecture, type(config))(config)
         return module.eval()
+
+
+def model_class(architecture: str, config_class: type) -> Any:
+    """The model class of transformers with this name; UnavailableError where it is none, or another family's."""
+    import transformers
+
+    found = getattr(transformers, architecture, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise UnavailableError(f"'{architecture}' is not supported: transformers has no such model class.")
+    if found.config_class is not config_class:
+        raise UnavailableError(f"'{architecture}' is not supported with a {config_class.__name__}.")
+    return found

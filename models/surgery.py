@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_pruning.pruner.function import prune_linear_in_channels, prune_linear_out_channels
 
 from ..plan import PruningPlan
-from . import families
-from .structure import Site, Structure
+from . import families, mapping
+from .counts import CONVOLUTIONS
+from .layers import drop, in_features
+from .structure import Structure
 from .workload import Workload
 
 
@@ -30,33 +31,27 @@ def prune(workload: Workload, plan: PruningPlan) -> Workload:
     module = copy.deepcopy(workload.module)
     remove(module, workload.structure, plan)
     family = families.get(workload.structure.family)
-    structure = families.structure(module, family, workload.structure.sequence)
+    structure = mapping.structure(module, family, workload.example, workload.structure)
     original_layers = workload.structure.num_layers + len(workload.plan.blocks)
-    return workload.with_module(module, structure, workload.plan.then(plan, original_layers))
+    whole = workload.plan.then(workload.structure.closed(plan), original_layers)
+    return workload.with_module(module, structure, whole)
 
 
 def remove(module: nn.Module, structure: Structure, plan: PruningPlan) -> None:
     """Remove the units of ``plan`` from ``module`` in place; parameters may be on the meta device."""
+    plan = structure.closed(plan)
     structure.check(plan)
     family = families.get(structure.family)
-    path, blocks = families.block_list(module, family)
+    going: dict[tuple[str, str], set[int]] = {}  # gathered first: two sites may share a layer's features
     for kind, layer in plan.sites():
         if kind == "block" or layer in plan.blocks:
             continue
-        site = structure.site(kind, layer)
-        indices = plan.indices(kind, layer)
-        features = [feature for index in indices for feature in site.features(index)]
-        for name in site.producers:
-            prune_linear_out_channels(module.get_submodule(name), features)
-        prune_linear_in_channels(module.get_submodule(site.consumer), features)
-        if kind == "head":
-            attention: Any = blocks[layer].get_submodule(family.attention)
-            heads = site.count - len(indices)
-            setattr(attention, family.num_heads, heads)
-            setattr(attention, family.all_heads, heads * site.width)
-    if plan.blocks:
-        kept = nn.ModuleList(block for layer, block in enumerate(blocks) if layer not in plan.blocks)
-        module.set_submodule(path, kept)
+        for cut in structure.site(kind, layer).cuts:
+            going.setdefault((cut.layer, cut.side), set()).update(cut.features(plan.indices(kind, layer)))
+    for (name, side), features in going.items():
+        drop(module, name, side, sorted(features))
+    mapping.settle(module, family, structure, plan)
+    mapping.drop_blocks(module, family, plan)
 
 
 @contextmanager
@@ -71,11 +66,12 @@ def gated(module: nn.Module, structure: Structure, gates: Tensor) -> Iterator[No
         part = gates[..., place]
         if not gates.requires_grad and bool((part == 1).all()):
             continue
-        target = module.get_submodule(site.consumer)
         if site.kind == "block":
-            handles.append(target.register_forward_hook(_block_hook(part)))
-        else:
-            handles.append(target.register_forward_pre_hook(_unit_hook(part, site)))
+            handles.append(module.get_submodule(site.block).register_forward_hook(_block_hook(part)))
+        for cut in site.gates:
+            layer = module.get_submodule(cut.layer)
+            multiplier = site.multiplier(part, cut, in_features(layer))
+            handles.append(layer.register_forward_pre_hook(_unit_hook(multiplier)))
     try:
         yield
     finally:
@@ -86,6 +82,7 @@ def gated(module: nn.Module, structure: Structure, gates: Tensor) -> Iterator[No
 @contextmanager
 def masked(module: nn.Module, structure: Structure, plan: PruningPlan) -> Iterator[None]:
     """Within the context the units of ``plan`` contribute nothing."""
+    plan = structure.closed(plan)
     structure.check(plan)
     parameter = next(module.parameters())
     gates = torch.ones(structure.num_units, dtype=parameter.dtype, device=parameter.device)
@@ -96,19 +93,32 @@ def masked(module: nn.Module, structure: Structure, plan: PruningPlan) -> Iterat
         yield
 
 
-def _unit_hook(gate: Tensor, site: Site) -> Any:
-    def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        features = gate.repeat_interleave(site.width, dim=-1)
-        if features.dim() == 2:  # a gate per row: broadcast over the sequence
-            features = features.unsqueeze(1)
-        return (args[0] * features, *args[1:])
+def _unit_hook(multiplier: Tensor) -> Any:
+    def multiply(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if isinstance(layer, CONVOLUTIONS):  # channels come before the positions
+            gate = multiplier.reshape(*multiplier.shape, *[1] * (args[0].dim() - 2))
+            return (args[0] * gate, *args[1:])
+        return (args[0] * _by_row(multiplier, args[0]), *args[1:])
 
     return multiply
 
 
 def _block_hook(gate: Tensor) -> Any:
-    def interpolate(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        weight = gate if gate.dim() == 1 else gate.unsqueeze(1)
-        return args[0] + weight * (output - args[0])
+    def interpolate(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        made = output[0] if isinstance(output, tuple) else output
+        mixed = args[0] + _by_row(gate, made) * (made - args[0])
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
     return interpolate
+
+
+def _by_row(gate: Tensor, values: Tensor) -> Tensor:
+    """``gate`` [features] or [batch, features], shaped to multiply ``values`` [batch, …, features].
+
+    Where a row comes as several (the windows of an image), each has its row's gate.
+    """
+    if gate.dim() == 1:
+        return gate
+    if values.shape[0] != gate.shape[0]:
+        gate = gate.repeat_interleave(values.shape[0] // gate.shape[0], dim=0)
+    return gate.reshape(gate.shape[0], *[1] * (values.dim() - 2), gate.shape[1])

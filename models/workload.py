@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +55,15 @@ class Workload:
     """Where model and data come from, for reports."""
     source: str
     """The word that loads the same data again: a zoo name, or empty for a user's own files."""
+    example: Mapping[str, Tensor]
+    """One row of inputs, of the lengths that costs are counted for."""
     plan: PruningPlan = field(default_factory=PruningPlan)
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits [batch, labels] for ``input_ids`` and ``attention_mask`` of shape [batch, sequence]."""
-        output = self.module(**inputs)
-        return output if isinstance(output, Tensor) else output.logits
+        """The model's answer: logits [batch, labels] of a classifier or [batch, sequence, vocabulary] of a language
+        model, [images, texts] of a pair of towers, the last hidden state of a bare encoder."""
+        return answer(self.module(**inputs))
 
     def with_module(self, module: nn.Module, structure: Structure, plan: PruningPlan) -> Workload:
         return replace(self, module=module.eval(), structure=structure, plan=plan)
@@ -77,15 +80,8 @@ class Workload:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one row at ``structure.sequence`` tokens, counted in the matrix products."""
-        blocks = self.structure.of_kind("block")
-        inside = tuple(f"{block.consumer}." for block in blocks)
-        outside = sum(
-            child.in_features * child.out_features
-            for name, child in self.module.named_modules()
-            if isinstance(child, nn.Linear) and not name.startswith(inside)
-        )
-        return sum(block.macs for block in blocks) + outside
+        """Multiply-accumulates for ``example``, counted in the matrix products."""
+        return self.structure.macs
 
     def fingerprint(self) -> str:
         """sha256 over the weights and the tokenised rows: equal workloads give equal results."""
@@ -98,44 +94,62 @@ class Workload:
         return digest.hexdigest()
 
 
+def answer(output: Any) -> Tensor:
+    """The tensor that a module's output is judged by."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
+        found = getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    first = output[0] if isinstance(output, (tuple, list)) and output else None
+    if isinstance(first, Tensor):
+        return first
+    raise UnavailableError(f"A model whose forward returns {type(output).__name__} cannot be judged: no tensor in it.")
+
+
 def load(
     model: str,
     data: str | None = None,
     *,
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
-    max_length: int = 128,
+    max_length: int | None = None,
     progress: Progress | None = None,
 ) -> Workload:
     """Load a workload.
 
-    ``model`` is ``zoo:NAME``, the folder of a Hugging Face model or an edgepress checkpoint. ``data`` is a CSV, TSV or
-    JSONL file, or ``zoo:NAME`` for that entry's rows; a zoo model, or a checkpoint made from one, brings its own.
-    ``columns`` maps ``text`` and ``label`` to the file's column names. Raises any kind of EdgepressError.
+    ``model`` is ``zoo:NAME``, the folder or hub id of a Hugging Face model, an edgepress checkpoint, a function as
+    ``package.module:function``, or ``package.module:function@FOLDER`` for a checkpoint of its module. ``data`` is a
+    CSV, TSV or JSONL file, or ``zoo:NAME`` for that entry's rows; a zoo model, or a checkpoint made from one, brings
+    its own. ``columns`` maps ``text`` and ``label`` to the file's column names. Texts are cut at ``max_length`` tokens,
+    128 where nothing is said. Raises any kind of EdgepressError.
     """
-    from . import checkpoint, pretrained, zoo
+    from . import checkpoint, functions, hub, pretrained, zoo
 
     if model.startswith("zoo:"):
         if data not in (None, model):
             raise UsageError(f"{model} brings its own data, so --data {data} cannot be used with it.")
         return zoo.load(model.removeprefix("zoo:"), seed=seed, progress=progress)
+    if functions.named(model):
+        function, _, saved = model.partition("@")
+        if data:
+            raise UnavailableError(f"{model}: rows for a function's model are not available yet in this version.")
+        return checkpoint.load(Path(saved), function=function) if saved else functions.load(function)
     folder = Path(model)
-    if folder.is_dir():
-        if (folder / checkpoint.META).is_file():
-            return checkpoint.load(folder, data, columns=columns, seed=seed, progress=progress)
-        return pretrained.load(folder, data, columns=columns, seed=seed, max_length=max_length)
     if folder.suffix == ".onnx":
         raise UnavailableError(f"{model} is an ONNX file; only quantize, bench and compare take artifacts.")
-    if ":" in model and "/" not in model:
-        raise UnavailableError(
-            f"'{model}': loading a module from a Python function is not available yet in this version."
-        )
-    if folder.exists():
+    if folder.is_file():
         raise InputError(f"{model} is a file, not a model folder (a folder with config.json and model.safetensors).")
-    raise InputError(
-        f"There is no model folder '{model}'; give a local folder, or one of {', '.join('zoo:' + n for n in zoo.ZOO)}. "
-        f"Downloading from a hub is not available yet in this version."
-    )
+    if not folder.is_dir():
+        if not hub.is_id(model):
+            known = ", ".join(f"zoo:{name}" for name in zoo.ZOO)
+            raise InputError(f"There is no model folder '{model}'; give a local folder, a hub id, or one of {known}.")
+        folder = hub.download(model)
+    if (folder / checkpoint.META).is_file():
+        return checkpoint.load(folder, data, columns=columns, seed=seed, progress=progress)
+    name = folder.resolve().name if Path(model).is_dir() else model.replace("/", "--")
+    return pretrained.load(folder, data, name=name, columns=columns, seed=seed, max_length=max_length)
 
 
 def check_finite(module: nn.Module, origin: str) -> None:

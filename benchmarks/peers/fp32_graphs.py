@@ -33,7 +33,7 @@ def traced(workload: Workload, path: Path) -> None:
     module = workload.module.eval()
     for child in module.modules():
         if hasattr(child, "set_attn_implementation"):
-            child.set_attn_implementation("eager")
+            child.set_attn_implementation("eager")  # type: ignore[operator]
     example = (torch.ones(1, 16, dtype=torch.int64), torch.ones(1, 16, dtype=torch.int64))
     axes = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
     with warnings.catch_warnings(), torch.no_grad():

@@ -8,11 +8,16 @@ from ...models import surgery
 from ...models.workload import Workload
 from ..score import Scores
 from .allocate import by_ratio
+from .allocate import uniform as same_everywhere
 
 
-def prune(workload: Workload, scores: Scores, *, ratio: float | Mapping[str, float] = 0.5) -> Workload:
+def prune(
+    workload: Workload, scores: Scores, *, ratio: float | Mapping[str, float] = 0.5, uniform: bool = False
+) -> Workload:
     """``workload`` without the ``ratio`` of its units that score lowest: a new workload, really smaller.
 
-    A number is the share of heads and of feed-forward channels that goes; a mapping gives it by kind.
+    A number is the share of heads and of channels that goes; a mapping gives it by kind. With ``uniform`` every layer
+    loses the same number.
     """
-    return surgery.prune(workload, by_ratio(workload.structure, scores.values, ratio))
+    allocate = same_everywhere if uniform else by_ratio
+    return surgery.prune(workload, allocate(workload.structure, scores.values, ratio))

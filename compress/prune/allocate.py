@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...models.structure import Structure
+from ...models.structure import Site, Structure
 from ...plan import PruningPlan, Unit
 
 MULTIPLE = {"ffn": 16}
@@ -19,16 +19,12 @@ current CPUs work through 16 columns at a time, and a remainder costs as much as
 def by_ratio(structure: Structure, values: Tensor, ratio: float | Mapping[str, float]) -> PruningPlan:
     """The plan that removes a share of the units of each kind: those that score lowest over all layers.
 
-    ``values`` has shape [num_units]. A number as ``ratio`` is for heads and channels; blocks go only where a mapping
-    names them. Each layer keeps at least one unit, or ``MULTIPLE`` of them, so the share removed is a little below
-    what was asked where layers are nearly empty. Units in blocks that go are not counted.
+    ``values`` has shape [num_units]. A number as ``ratio`` is for channels and heads, which in grouped attention go
+    with their key/value group; blocks go only where a mapping names them. Each layer keeps at least one unit, or
+    ``MULTIPLE`` of them, so the share removed is a little below what was asked where layers are nearly empty. Units in
+    blocks that go are not counted.
     """
-    shares = {"head": ratio, "ffn": ratio} if isinstance(ratio, int | float) else dict(ratio)
-    for kind, share in shares.items():
-        if kind not in structure.kinds:
-            raise UsageError(f"There are no '{kind}' units in this model (there are: {', '.join(structure.kinds)}).")
-        if not 0 <= share < 1:
-            raise UsageError(f"The ratio for {kind} is {share}; it must be at least 0 and below 1.")
+    shares = _shares(structure, ratio)
     plan = PruningPlan.of(_lowest(structure, values, "block", shares.get("block", 0.0), frozenset()))
     gone = plan.blocks
     units = set(plan.removed)
@@ -36,6 +32,55 @@ def by_ratio(structure: Structure, values: Tensor, ratio: float | Mapping[str, f
         if kind != "block":
             units |= _lowest(structure, values, kind, share, gone)
     return PruningPlan.of(units)
+
+
+def uniform(structure: Structure, values: Tensor, ratio: float | Mapping[str, float]) -> PruningPlan:
+    """The plan that removes the same number of units from every layer, those that score lowest in it.
+
+    As :func:`by_ratio` otherwise; blocks go in the same share from every stack. What is left can be said in a plain
+    configuration, wherever the architecture has a field for it.
+    """
+    shares = _shares(structure, ratio)
+    units: set[Unit] = set()
+    gone: set[int] = set()
+    for stack in structure.stacks:
+        blocks = [
+            (float(values[place]), site)
+            for site, place in structure.slices()
+            if site.kind == "block" and site.layer in stack.layers
+        ]
+        going = min(round(shares.get("block", 0.0) * stack.count), stack.count - 1)
+        for _, site in sorted(blocks, key=lambda pair: (pair[0], pair[1].layer))[:going]:
+            units |= set(site.units)
+            gone.add(site.layer)
+    for site, place in structure.slices():
+        if site.kind == "block" or site.layer in gone or not shares.get(site.kind):
+            continue
+        keep = _rounded(site.count - round(shares[site.kind] * site.count), site)
+        order = values[place].argsort(stable=True)[: site.count - keep].tolist()
+        units |= {site.units[index] for index in order}
+    return PruningPlan.of(units)
+
+
+def _shares(structure: Structure, ratio: float | Mapping[str, float]) -> dict[str, float]:
+    """The share to go of each kind; UsageError for a kind that is not there or a share that makes no sense."""
+    if isinstance(ratio, int | float):
+        grouped = "kv" in structure.kinds
+        shares = {kind: ratio for kind in structure.kinds if kind not in {"block", "head" if grouped else "kv"}}
+    else:
+        shares = dict(ratio)
+    for kind, share in shares.items():
+        if kind not in structure.kinds:
+            raise UsageError(f"There are no '{kind}' units in this model (there are: {', '.join(structure.kinds)}).")
+        if not 0 <= share < 1:
+            raise UsageError(f"The ratio for {kind} is {share}; it must be at least 0 and below 1.")
+    return shares
+
+
+def _rounded(keep: int, site: Site) -> int:
+    """``keep`` units of a site, rounded to what its runtime works through at once."""
+    multiple = min(MULTIPLE.get(site.kind, 1), site.count)
+    return min(max(round(keep / multiple), 1) * multiple, site.count)
 
 
 def _lowest(structure: Structure, values: Tensor, kind: str, share: float, gone: frozenset[int]) -> set[Unit]:
@@ -57,8 +102,7 @@ def _lowest(structure: Structure, values: Tensor, kind: str, share: float, gone:
     for site, scores in sites:
         keep = site.count - int(wanted[start : start + site.count].sum())
         start += site.count
-        multiple = min(MULTIPLE.get(kind, 1), site.count)
-        keep = min(max(round(keep / multiple), 1) * multiple, site.count)
+        keep = _rounded(keep, site)
         order = scores.argsort(stable=True)[: site.count - keep].tolist()
         removed |= {site.units[index] for index in order}
     return removed

@@ -20,7 +20,7 @@ def quantize(workload: Workload, *, embeddings: bool = True) -> QuantizationPlan
 
     The layers after the last block stay in float: they are a thousandth of the work and decide the answer.
     """
-    blocks = tuple(f"{block.consumer}." for block in workload.structure.of_kind("block"))
+    blocks = tuple(f"{block.block}." for block in workload.structure.of_kind("block"))
     weights = {
         name: "int8"
         for name, child in workload.module.named_modules()

@@ -25,9 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...errors import InputError, UsageError
+from ...errors import InputError, UnavailableError, UsageError
 from ...files import new_folder, sha256
-from ...models import families
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
@@ -107,6 +106,11 @@ def in_form(artifact: Artifact, form: str) -> Artifact:
 
 def export(workload: Workload) -> onnx.ModelProto:
     """The float graph of a workload's module: one node per operator, named after the module it comes from."""
+    if set(workload.example) != {"input_ids", "attention_mask"}:
+        raise UnavailableError(
+            f"A {workload.structure.family} model takes {', '.join(workload.example)}; only models of input_ids and "
+            f"attention_mask can be exported to ONNX in this version."
+        )
     module = _exportable(workload)
     axes = workload.input_axes
     shape = (2, min(16, workload.max_length))
@@ -158,8 +162,9 @@ def _exportable(workload: Workload) -> nn.Module:
     for child in module.modules():
         if hasattr(child, "set_attn_implementation"):
             child.set_attn_implementation("eager")  # type: ignore[operator]
-    path, _ = families.block_list(module, workload.skeleton.family)
-    encoder = module.get_submodule(path.removesuffix(workload.skeleton.family.blocks).removesuffix("."))
+    if workload.structure.family != "bert":
+        return _Logits(module).eval()
+    encoder = module.get_submodule(workload.structure.stacks[0].path.removesuffix("encoder.layer").removesuffix("."))
 
     def additive_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         mask = kwargs["attention_mask"][:, None, None, :].to(torch.float32)
@@ -276,7 +281,7 @@ def _prove(workload: Workload, artifact: Artifact) -> artifacts.Parity:
     ]
 
     def reference(feed: parity.Feeds) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = workload.forward({name: torch.from_numpy(array) for name, array in feed.items()})
         result: NDArray[np.float32] = logits.numpy()
         return result

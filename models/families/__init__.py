@@ -1,48 +1,110 @@
 """Families: where each architecture keeps its heads, channels and blocks. Declarations, no maths.
 
-A family is one file that declares ``FAMILY``; :func:`structure` reads the declaration against a real module, pruned or
-not, and returns its :class:`~edgepress.models.structure.Structure`.
+A family is one file that declares ``FAMILY``; :mod:`~edgepress.models.mapping` reads the declaration against a real
+module, pruned or not, and writes down its :class:`~edgepress.models.structure.Structure`.
+
+All names are paths relative to a block unless said otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 
 from torch import nn
 
 from ...errors import UnavailableError
-from ..structure import Site, Structure
 
-FAMILIES = ("bert",)
+FAMILIES = (
+    "bert",
+    "distilbert",
+    "mpnet",
+    "albert",
+    "deberta",
+    "vit",
+    "beit",
+    "dinov2",
+    "swin",
+    "clip",
+    "gpt2",
+    "llama",
+    "t5",
+    "bart",
+    "whisper",
+    "torch_encoder",
+    "torch_encoder_prenorm",
+    "generic",
+)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a block. Where ``query``, ``key`` and ``value`` are one layer, it holds them side by side."""
+
+    module: str
+    """The module that computes the attention and holds the attributes below."""
+    query: str
+    key: str
+    value: str
+    output: str
+    head_dim: str = "head_dim"
+    num_heads: str = ""
+    """Attribute that holds the number of heads; empty where there is none."""
+    width: str = ""
+    """Attribute that holds num_heads * head_dim."""
+    groups: str = ""
+    """Attribute that holds the number of query heads for each key/value head."""
+    kind: str = "head"
+    more: tuple[str, ...] = ()
+    """Further layers whose outputs have one part a head; those that a block lacks are skipped."""
+    tables: tuple[str, ...] = ()
+    """Parameters, or embeddings, with one column a head; those that a block lacks are skipped."""
+    bias: str = ""
+    """``"given"`` where the block is handed a bias with one entry for each of the unpruned model's heads, ``"made"``
+    where the first block makes it for all."""
+    sum_at: str = ""
+    scaled_by: str = ""
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward layers of a block: ``inputs`` are multiplied together (those that a block lacks are skipped)."""
+
+    inputs: tuple[str, ...]
+    output: str
+    sum_at: str = ""
+    scaled_by: str = ""
+    width: str = ""
+    """Attribute, as ``module:name``, that holds the number of channels."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Every list of blocks whose path ends in ``path``, where ``*`` stands for a number."""
+
+    path: str
+    attentions: tuple[Attention, ...]
+    ffn: FeedForward
+    shared: bool = False
+    moves: tuple[str, ...] = ()
+    """What the first block holds for all others: it passes to the next one when the first block goes."""
+    config: Mapping[str, str] = field(default_factory=dict)
+    """The configuration's fields for counts of units that are the same in every layer, by kind, and for ``head_dim``
+    where it has one. A kind that is missing here cannot be said in a configuration."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names of modules, relative to a block unless said otherwise."""
-
     name: str
     source: str
     """Where the architecture is described."""
     model_types: tuple[str, ...]
     """``config.model_type`` values that have this shape."""
-    architectures: tuple[str, ...]
-    """Classes of transformers that are rebuilt from a configuration."""
-    blocks: str
-    """End of the module path of the list of blocks."""
-    attention: str
-    """The module that holds ``num_heads`` and ``head_dim`` under the two attribute names below."""
-    num_heads: str
-    head_dim: str
-    all_heads: str
-    """Attribute of ``attention`` that holds num_heads * head_dim."""
-    query_key_value: tuple[str, ...]
-    attention_output: str
-    attention_sum: str
-    """The module whose input is the residual stream right after attention was added to it."""
-    ffn_in: tuple[str, ...]
-    ffn_out: str
-    ffn_sum: str
+    blocks: tuple[Blocks, ...]
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask")
+    notes: tuple[str, ...] = ()
+    """What in it is left alone, and why."""
 
 
 def get(name: str) -> Family:
@@ -51,71 +113,26 @@ def get(name: str) -> Family:
     return family
 
 
+def find(model_type: str) -> Family | None:
+    """The family of a ``config.model_type``, or None."""
+    return next((family for family in map(get, FAMILIES) if model_type in family.model_types), None)
+
+
+def of_module(module: nn.Module) -> Family:
+    """The family of a module that a user's function made; ``generic`` where nothing in it is known."""
+    known = find(str(getattr(getattr(module, "config", None), "model_type", "")))
+    if known is not None:
+        return known
+    layers = [child for child in module.modules() if isinstance(child, nn.TransformerEncoderLayer)]
+    if layers:
+        return get("torch_encoder_prenorm" if layers[0].norm_first else "torch_encoder")
+    return get("generic")
+
+
 def of_model_type(model_type: str) -> Family:
     """The family of a ``config.model_type``; UnavailableError, naming the known ones, where there is none."""
-    for name in FAMILIES:
-        family = get(name)
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(kind for name in FAMILIES for kind in get(name).model_types)
-    raise UnavailableError(f"Models of type '{model_type}' are not supported in this version (supported: {known}).")
-
-
-def block_list(module: nn.Module, family: Family) -> tuple[str, nn.ModuleList]:
-    """The path and the list of a module's blocks."""
-    for path, child in module.named_modules():
-        if isinstance(child, nn.ModuleList) and f".{path}".endswith(f".{family.blocks}"):
-            return path, child
-    raise UnavailableError(f"No list of blocks '{family.blocks}' was found in this {family.name} model.")
-
-
-def structure(module: nn.Module, family: Family, sequence: int) -> Structure:
-    """The structure of ``module`` as it is now; MACs are counted at batch 1 and ``sequence`` tokens."""
-    path, blocks = block_list(module, family)
-    sites: list[Site] = []
-    hidden = 0
-    for layer, block in enumerate(blocks):
-        prefix = f"{path}.{layer}"
-        out, down = block.get_submodule(family.attention_output), block.get_submodule(family.ffn_out)
-        assert isinstance(out, nn.Linear)
-        assert isinstance(down, nn.Linear)
-        hidden = out.out_features
-        attention = block.get_submodule(family.attention)
-        heads, head_dim = int(getattr(attention, family.num_heads)), int(getattr(attention, family.head_dim))
-        num_in, num_qkv = len(family.ffn_in), len(family.query_key_value)
-        head_weights = (num_qkv + 1) * hidden * head_dim
-        head = Site(
-            kind="head",
-            layer=layer,
-            count=heads,
-            width=head_dim,
-            producers=tuple(f"{prefix}.{name}" for name in family.query_key_value),
-            consumer=f"{prefix}.{family.attention_output}",
-            sum_at=f"{prefix}.{family.attention_sum}",
-            params=head_weights + num_qkv * head_dim,
-            macs=head_weights * sequence + 2 * sequence * sequence * head_dim,
-        )
-        ffn = Site(
-            kind="ffn",
-            layer=layer,
-            count=down.in_features,
-            width=1,
-            producers=tuple(f"{prefix}.{name}" for name in family.ffn_in),
-            consumer=f"{prefix}.{family.ffn_out}",
-            sum_at=f"{prefix}.{family.ffn_sum}",
-            params=(num_in + 1) * hidden + num_in,
-            macs=(num_in + 1) * hidden * sequence,
-        )
-        whole = Site(
-            kind="block",
-            layer=layer,
-            count=1,
-            width=0,
-            producers=(),
-            consumer=prefix,
-            sum_at=prefix,
-            params=sum(p.numel() for p in block.parameters()),
-            macs=heads * head.macs + ffn.count * ffn.macs,
-        )
-        sites += [head, ffn, whole]
-    return Structure(family.name, len(blocks), hidden, sequence, tuple(sites))
+    family = find(model_type)
+    if family is None:
+        known = ", ".join(kind for name in FAMILIES for kind in get(name).model_types)
+        raise UnavailableError(f"Models of type '{model_type}' are not supported in this version (supported: {known}).")
+    return family

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from ...files import new_folder
 from ...plan import read_json
-from .. import checkpoint, families
+from .. import checkpoint, mapping
 from ..data import Data, Rows, first_of_each, hashed_order, load_tokenizer, select, stratified, tokenise
+from ..examples import example as make_example
 from ..pooled import PooledClassifier
 from ..skeleton import POOLED, Skeleton
 from ..workload import TOKENIZER_FILES, Progress, Workload
@@ -53,7 +54,7 @@ REVIEWS_CSV = Package(
 
 def load(*, seed: int = 0, progress: Progress | None = None) -> Workload:
     """The fitted workload, from the cache where it has been fitted before."""
-    folder = cache_folder() / f"{NAME}-1-seed{seed}"
+    folder = cache_folder() / f"{NAME}-2-seed{seed}"
     if not folder.is_dir():
         with new_folder(folder) as place:
             workload, data = _fit(seed, progress)
@@ -74,10 +75,12 @@ def _fit(seed: int, progress: Progress | None) -> tuple[Workload, Data]:
     wanted = module.encoder.state_dict()
     module.encoder.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
     module.classifier = _head(module, head_rows, seed, progress)
-    structure = families.structure(module, skeleton.family, MAX_LENGTH)
+    example = make_example(module, skeleton.family.inputs, MAX_LENGTH)
+    structure = mapping.structure(module, skeleton.family, example)
     files = {name: (encoder / name).read_bytes() for name in TOKENIZER_FILES}
     origin = "all-MiniLM-L6-v2 with a logistic head, on movie reviews (8,530 sentences, 25,000 long reviews)"
-    workload = Workload(NAME, module, structure, data, skeleton, MAX_LENGTH, origin, f"zoo:{NAME}", files=files)
+    source = f"zoo:{NAME}"
+    workload = Workload(NAME, module, structure, data, skeleton, MAX_LENGTH, origin, source, example, files=files)
     return workload, data
 
 
@@ -109,7 +112,7 @@ def _head(module: PooledClassifier, rows: Rows, seed: int, progress: Progress | 
 
     embeddings = np.empty((len(rows), module.config.hidden_size))
     done = 0
-    with torch.inference_mode():
+    with torch.no_grad():
         for batch in rows.batches(64):
             embeddings[batch.rows] = module.embed(**batch.inputs).numpy()
             done += len(batch.rows)

@@ -1,0 +1,99 @@
+"""Models from a Python function, ``package.module:function``, that the user names on the command line.
+
+The function takes no arguments and returns a module and one row of its inputs: ``(module, example)``, where ``example``
+is a tensor, a tuple of tensors or a mapping of tensors by argument name. It runs only because the user named it; a file
+never makes it run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..errors import InputError, UsageError
+from .layers import SeparateAttention
+
+if TYPE_CHECKING:
+    from .workload import Workload
+
+
+def named(model: str) -> bool:
+    """Whether ``model`` is written like a function: ``package.module:function``, with or without ``@FOLDER``."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(@.+)?", model) is not None
+
+
+def call(name: str) -> Any:
+    """What ``package.module:function`` returns; the folder that one is in counts as a place for packages.
+
+    Raises UsageError where there is no such function, InputError where it fails.
+    """
+    path, _, function = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(path), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"There is no function '{name}': {error}.") from error
+    if not callable(found):
+        raise UsageError(f"'{name}' is not a function.")
+    try:
+        return found()
+    except Exception as error:  # whatever the user's own code raises
+        raise InputError(f"{name}() failed with {type(error).__name__}: {' '.join(str(error).split())}.") from error
+
+
+def module_and_example(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The module that a function makes, ready for surgery, and one row of its inputs by argument name."""
+    made = call(name)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise InputError(f"{name}() returns {type(made).__name__}; it must return (module, one row of its inputs).")
+    module, given = made
+    example = _by_name(module, given)
+    wrong = [key for key, value in example.items() if not isinstance(value, Tensor)]
+    if wrong or not example:
+        raise InputError(f"{name}() gives inputs that are not tensors ({', '.join(wrong) or 'none at all'}).")
+    separate_attention(module)
+    return module.eval(), example
+
+
+def _by_name(module: nn.Module, given: Any) -> dict[str, Any]:
+    if isinstance(given, Mapping):
+        return dict(given)
+    values = given if isinstance(given, (tuple, list)) else (given,)
+    return dict(zip(inspect.signature(module.forward).parameters, values, strict=False))
+
+
+def load(name: str) -> Workload:
+    """The workload of a function's module, without rows."""
+    from . import families, mapping
+    from .data import Data
+    from .skeleton import Skeleton
+    from .workload import Workload, check_finite
+
+    module, example = module_and_example(name)
+    check_finite(module, f"{name}()")
+    return Workload(
+        name=name.rpartition(":")[2],
+        module=module,
+        structure=mapping.structure(module, families.of_module(module), example),
+        data=Data.empty(),
+        skeleton=Skeleton(name, {}, ()),
+        max_length=1,
+        origin=f"{name}()",
+        source="",
+        example=example,
+    )
+
+
+def separate_attention(module: nn.Module) -> None:
+    """Replace every self-attention of ``nn.TransformerEncoderLayer`` by one whose projections can be cut apart."""
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.TransformerEncoderLayer) and isinstance(child.self_attn, nn.MultiheadAttention):
+            module.get_submodule(name).self_attn = SeparateAttention.of(child.self_attn)
