@@ -31,6 +31,9 @@ Model = Annotated[
 ]
 Data = Annotated[str | None, typer.Option("--data", help="CSV, TSV or JSONL file of labelled rows.")]
 Columns = Annotated[str | None, typer.Option("--columns", help="Column names: text=review,label=stars.")]
+MetricOption = Annotated[
+    str | None, typer.Option("--metric", help="accuracy, f1, f1-macro, matthews, top5, or package.module:function.")
+]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else there.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")]
@@ -104,13 +107,16 @@ def _print(document: Any) -> None:
     print(json.dumps(document, indent=2))
 
 
-def _load(stack: ExitStack, model: str, data: str | None, columns: str | None, seed: int) -> tuple[Workload, Screen]:
+def _load(
+    stack: ExitStack, model: str, data: str | None, columns: str | None, seed: int, metric: str | None = None
+) -> tuple[Workload, Screen]:
     from . import recipe
     from .models import workload
 
     screen = Screen(stack)
     mapping = recipe.columns(columns) if columns else None
-    return workload.load(model, data, columns=mapping, seed=seed, progress=screen.progress("load")), screen
+    loaded = workload.load(model, data, columns=mapping, seed=seed, progress=screen.progress("load"))
+    return loaded.judged_by(metric), screen
 
 
 def _table(original: dict[str, Any], results: list[dict[str, Any]], chosen: str | None) -> None:
@@ -129,6 +135,7 @@ def compress(
     data: Data = None,
     columns: Columns = None,
     target: Annotated[str | None, typer.Option("--target", help="cpu, or cpu:N for N threads.")] = None,
+    metric: MetricOption = None,
     max_drop: Annotated[str | None, typer.Option("--max-drop", help="Quality that may be lost: 1%.")] = None,
     max_latency: Annotated[str | None, typer.Option("--max-latency", help="Longest median latency: 5ms.")] = None,
     speedup: Annotated[str | None, typer.Option("--speedup", help="Least speedup against the original: 3x.")] = None,
@@ -148,7 +155,7 @@ def compress(
     if max_latency and speedup:
         raise UsageError("Give --max-latency or --speedup, not both.")
     values = resumed_recipe(out) if resume else recipes.read(recipe) if recipe else {}
-    given = {"model": model, "data": data, "target": target, "seed": seed}
+    given = {"model": model, "data": data, "metric": metric, "target": target, "seed": seed}
     values |= {name: value for name, value in given.items() if value is not None}
     if columns:
         values["columns"] = recipes.columns(columns)
@@ -271,6 +278,7 @@ def prune(
     ratio: Annotated[
         str, typer.Option("--ratio", help="Share of heads and channels that goes, or by kind: ffn=0.5,block=0.25.")
     ] = "0.5",
+    metric: MetricOption = None,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="The same widths in every layer: a folder that AutoModel loads.")
     ] = False,
@@ -302,7 +310,7 @@ def prune(
         from .models import checkpoint, metrics
         from .models.plain import plain_skeleton
 
-        workload, screen = _load(stack, model, data, columns, seed)
+        workload, screen = _load(stack, model, data, columns, seed, metric)
         found = scores.score(workload, method, seed=seed, progress=screen.progress("score"))
         pruned = pruning.prune(workload, found, ratio=shares, uniform=uniform)
         if uniform:

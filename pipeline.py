@@ -109,7 +109,9 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
             seed=recipe.seed,
             max_length=recipe.max_length,
             progress=show.progress("load"),
-        )
+        ).judged_by(recipe.metric)
+        if not len(workload.data.evaluation):
+            raise InputError(f"{recipe.model} can only be judged on labelled rows: give them with --data.")
     if recipe.measure.sequence > workload.max_length:
         raise UsageError(f"Sequence {recipe.measure.sequence} is longer than the model's {workload.max_length} tokens.")
     run = _Run(out, recipe, workload, show, target)
@@ -452,6 +454,8 @@ class _Run:
 
 def _check_sane(quality: Quality, workload: Workload) -> None:
     """An original that is surely worse than guessing has been given the wrong labels."""
+    if quality.metric != "accuracy":
+        return
     chance = 100.0 / len(workload.skeleton.labels)
     if quality.high < chance:
         raise InputError(

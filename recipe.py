@@ -92,6 +92,8 @@ class Recipe(_Strict):
     model: str
     data: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
+    metric: str | None = None
+    """What quality is, where it is not the data's own metric."""
     target: str = "cpu"
     seed: int = 0
     max_length: int = Field(default=128, ge=1)

@@ -96,19 +96,20 @@ def _endless(rows: Rows, batch: int, seed: int) -> Iterator[Batch]:
 
 
 def _features(workload: Workload, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The last block's output [batch, sequence, hidden] and the logits [batch, labels]."""
+    """The last block's output [batch, sequence, hidden], of a shared block its last one, and the logits."""
     seen: list[Tensor] = []
 
-    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-        seen.append(output)
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
 
-    last = workload.structure.of_kind("block")[-1].block
-    handle = workload.module.get_submodule(last).register_forward_hook(keep)
+    stack = workload.structure.stacks[-1]
+    last = workload.module.get_submodule(f"{stack.path}.{stack.count - 1}")
+    handle = last.register_forward_hook(keep)
     try:
         logits = workload.forward(inputs)
     finally:
         handle.remove()
-    return seen[0], logits
+    return seen[-1], logits
 
 
 def _mean_square_logit(original: Workload, batch: int) -> float:

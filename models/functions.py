@@ -29,10 +29,10 @@ def named(model: str) -> bool:
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(@.+)?", model) is not None
 
 
-def call(name: str) -> Any:
-    """What ``package.module:function`` returns; the folder that one is in counts as a place for packages.
+def find(name: str) -> Any:
+    """The function ``package.module:function``; the folder that one is in counts as a place for packages.
 
-    Raises UsageError where there is no such function, InputError where it fails.
+    Raises UsageError where there is none.
     """
     path, _, function = name.partition(":")
     if str(Path.cwd()) not in sys.path:
@@ -43,8 +43,14 @@ def call(name: str) -> Any:
         raise UsageError(f"There is no function '{name}': {error}.") from error
     if not callable(found):
         raise UsageError(f"'{name}' is not a function.")
+    return found
+
+
+def call(name: str) -> Any:
+    """What the function returns; InputError where it fails."""
+    function = find(name)
     try:
-        return found()
+        return function()
     except Exception as error:  # whatever the user's own code raises
         raise InputError(f"{name}() failed with {type(error).__name__}: {' '.join(str(error).split())}.") from error
 

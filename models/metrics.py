@@ -1,7 +1,7 @@
 """Metrics: how well a workload does its job, with an interval.
 
-Every metric is a mean of per-row values, so that the bootstrap can resample rows, and so that two variants judged on
-the same rows can be compared row by row: the interval of the drop is far narrower than those of the two values.
+Two variants judged on the same rows are resampled together: the interval of the drop is far narrower than those of the
+two values.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from . import measures
+from .measures import Floats
 
 if TYPE_CHECKING:
     from .data import Rows
     from .workload import Progress, Workload
 
-METRICS = ("accuracy",)
 RESAMPLES = 2000
-
-Floats = NDArray[np.float64]
+CELLS = 1 << 22
+"""Most weights that the bootstrap holds at once."""
 
 
 @dataclass(frozen=True)
@@ -42,48 +42,52 @@ class Quality:
     drop_high: float | None = None
 
 
-def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Floats:
-    """100 for each row of ``logits`` [n, labels] whose largest entry is at its label, else 0; shape [n]."""
-    return np.where(logits.argmax(axis=1) == labels, 100.0, 0.0)
-
-
-def get(name: str) -> Callable[[NDArray[np.float32], NDArray[np.int64]], Floats]:
-    """The per-row function of a metric."""
-    if name not in METRICS:
-        raise UsageError(f"There is no metric '{name}' (known: {', '.join(METRICS)}).")
-    function: Callable[[NDArray[np.float32], NDArray[np.int64]], Floats] = globals()[name]
-    return function
-
-
 def quality(
     metric: str,
-    logits: NDArray[np.float32],
-    labels: NDArray[np.int64],
+    outputs: Any,
+    labels: Any,
     *,
-    original: NDArray[np.float32] | None = None,
+    original: Any = None,
     seed: int = 0,
 ) -> Quality:
-    """The quality of ``logits`` [n, labels]; with ``original``'s logits on the same rows, also the drop from it."""
-    per_row = get(metric)
-    values = per_row(logits, labels)
-    low, high = _interval(values, seed)
-    if original is None:
-        return Quality(metric, float(values.mean()), low, high, len(values))
-    lost = per_row(original, labels) - values
-    drop_low, drop_high = _interval(lost, seed)
-    return Quality(metric, float(values.mean()), low, high, len(values), float(lost.mean()), drop_low, drop_high)
+    """The quality of ``outputs`` of n rows; with the ``original``'s outputs on the same rows, also the drop from it.
 
-
-def _interval(values: Floats, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean (Efron 1979).
-
-    Per-row values take few distinct levels, so a resample of the rows is a multinomial draw of level counts: exact,
-    and its memory does not grow with the rows.
+    ``labels`` are what the metric compares with; a metric of fidelity takes the original's outputs instead. A drop is
+    positive where something was lost, whichever way the metric runs.
     """
-    levels, counts = np.unique(values, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
-    low, high = np.percentile(drawn @ levels / len(values), [2.5, 97.5])
-    return float(low), float(high)
+    measure = measures.get(metric)
+    if measure.against_original:
+        labels = outputs if original is None else original
+    statistics = measure.count(outputs, labels)
+    if original is None:
+        value, low, high = _interval(statistics, measure.value, seed)
+        return Quality(metric, value, low, high, len(statistics))
+    both = np.concatenate([statistics, measure.count(original, labels)], axis=1)
+    width = statistics.shape[1]
+
+    def lost(sums: Floats) -> Floats:
+        result: Floats = measure.better * (measure.value(sums[..., width:]) - measure.value(sums[..., :width]))
+        return result
+
+    value, low, high = _interval(both, lambda sums: measure.value(sums[..., :width]), seed)
+    return Quality(metric, value, low, high, len(statistics), *_interval(both, lost, seed))
+
+
+def _interval(statistics: Floats, value: Callable[[Floats], Floats], seed: int) -> tuple[float, float, float]:
+    """A function of the sums of ``statistics`` [n, k], and its 95 % percentile bootstrap interval (Efron 1979).
+
+    Rows with equal statistics are one level: a resample of the rows is a multinomial draw of how often each level
+    comes, so that few levels cost little, however many the rows. The draws are the same for the same rows and seed.
+    """
+    levels, counts = np.unique(statistics, axis=0, return_counts=True)
+    random = np.random.default_rng(seed)
+    chunk = max(1, min(RESAMPLES, CELLS // len(levels)))
+    drawn = []
+    for start in range(0, RESAMPLES, chunk):
+        size = min(chunk, RESAMPLES - start)
+        drawn.append(value(random.multinomial(len(statistics), counts / len(statistics), size=size) @ levels))
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
+    return float(value(counts @ levels)), float(low), float(high)
 
 
 def predict(

@@ -54,10 +54,12 @@ def load(
         raise InputError(f"The sequence length {max_length} is more than the {most} positions of {folder}.")
     max_length = max_length or min(MAX_LENGTH, most)
     skeleton = Skeleton(architecture, module.config.to_dict(), _labels(module.config, architecture))
+    example = make_example(module, family.inputs, max_length)
     split = rows.Data.empty()
     if data:
+        if not skeleton.labels or "input_ids" not in example:
+            raise UnavailableError(f"{folder} holds a {architecture}; rows are for text classifiers in this version.")
         split = rows.load(data, folder, skeleton.labels, columns=columns, seed=seed, max_length=max_length)
-    example = make_example(module, family.inputs, max_length)
     structure = mapping.structure(module, family, example)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     return Workload(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnavailableError, UsageError
 from ..plan import PruningPlan
+from . import measures
 from .data import Data
 from .skeleton import Skeleton
 from .structure import Structure
@@ -82,6 +83,16 @@ class Workload:
     def macs(self) -> int:
         """Multiply-accumulates for ``example``, counted in the matrix products."""
         return self.structure.macs
+
+    def judged_by(self, metric: str | None) -> Workload:
+        """The same with another metric; UsageError where it is not one for a classifier's logits."""
+        if metric is None:
+            return self
+        measures.get(metric)
+        if metric in measures.KNOWN and metric not in measures.OF_CLASSES:
+            known = ", ".join(measures.OF_CLASSES)
+            raise UsageError(f"'{metric}' does not judge a classifier's answers (these do: {known}).")
+        return replace(self, data=replace(self.data, metric=metric))
 
     def fingerprint(self) -> str:
         """sha256 over the weights and the tokenised rows: equal workloads give equal results."""

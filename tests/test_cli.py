@@ -93,7 +93,7 @@ def _of_another_type(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
 
 
-def _with_pickle_only(folder: Path) -> None:
+def _with_a_bin_that_is_none(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
@@ -110,7 +110,7 @@ def _without_a_layer(folder: Path) -> None:
         (_with_nan, "NaN or infinite"),
         (_with_code, "does not run"),
         (_of_another_type, "'mamba'"),
-        (_with_pickle_only, "no .safetensors"),
+        (_with_a_bin_that_is_none, "cannot be loaded"),
         (_without_a_layer, "lacks 1 of the model's tensors"),
     ],
 )

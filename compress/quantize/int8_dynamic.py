@@ -10,6 +10,7 @@ Source  onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 from __future__ import annotations
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
@@ -20,11 +21,11 @@ def quantize(workload: Workload, *, embeddings: bool = True) -> QuantizationPlan
 
     The layers after the last block stay in float: they are a thousandth of the work and decide the answer.
     """
-    blocks = tuple(f"{block.block}." for block in workload.structure.of_kind("block"))
+    blocks = tuple(f"{stack.path}." for stack in workload.structure.stacks) or ("",)
     weights = {
         name: "int8"
         for name, child in workload.module.named_modules()
-        if (isinstance(child, nn.Linear) and name.startswith(blocks))
+        if (isinstance(child, (nn.Linear, Conv1D)) and name.startswith(blocks))
         or (embeddings and isinstance(child, nn.Embedding) and child.weight.numel() >= 1 << 16)
     }
     return QuantizationPlan("int8-dynamic", weights)

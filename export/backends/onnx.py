@@ -209,19 +209,24 @@ def quantize_graph(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -
     missing = [name for name in plan.weights if name not in of_module]
     if missing:
         raise InputError(f"The plan quantizes '{missing[0]}', which is not a product or a table in this graph.")
+    wanted = [node for name in plan.weights for node in of_module[name]]
     logging.getLogger().addFilter(_unprocessed)
     try:
         quantize_dynamic(
             graph,
             path,
             op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-            nodes_to_quantize=[node for name in plan.weights for node in of_module[name]],
+            nodes_to_quantize=[*wanted, *(f"{node}_MatMul" for node in wanted)],  # a Gemm's product is renamed so
             per_channel=True,
             weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
         )
     finally:
         logging.getLogger().removeFilter(_unprocessed)
+    products = (node for node in onnx.load(path).graph.node if node.op_type in {"MatMul", "Gemm"})
+    left = sorted({node.name.rsplit("/", 1)[0] for node in products} & plan.weights.keys())
+    if left:
+        raise InputError(f"ONNX Runtime left the product of '{left[0]}' in float, which the plan quantizes.")
 
 
 def _unprocessed(record: logging.LogRecord) -> bool:

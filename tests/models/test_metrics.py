@@ -1,22 +1,89 @@
-"""Metrics: intervals against brute force, pairs against pairs."""
+"""Metrics: values against the libraries that people trust, intervals against brute force, pairs against pairs."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jiwer
 import numpy as np
 import pytest
-from edgepress.errors import UsageError
-from edgepress.models import metrics
+from edgepress.errors import InputError, UsageError
+from edgepress.models import measures, metrics
+from scipy import stats
+from sklearn import metrics as sklearn
+
+RANDOM = np.random.default_rng(0)
+LABELS = RANDOM.integers(0, 4, 300)
+LOGITS = (RANDOM.normal(size=(300, 4)) + 1.2 * np.eye(4)[LABELS]).astype(np.float32)
+GUESSES = LOGITS.argmax(1)
+MANY = RANDOM.normal(size=(300, 8))
+TWO, LOGITS2 = LABELS % 2, LOGITS[:, :2] + np.eye(2)[LABELS % 2].astype(np.float32)
+X = RANDOM.normal(size=300)
+Y = X + RANDOM.normal(size=300)
+OTHER = LOGITS2.repeat(2, 1)
+WORDS = RANDOM.integers(-1, 7, (20, 9))
+WORDS[WORDS < 0] = -100
+TEXT_LOGITS = RANDOM.normal(size=(20, 9, 7))
+SAID = ["the cat sat", "a dog", "hello there world", "no", "it works"]
+HEARD = ["cat sat", "the dog barks", "hello world", "yes", "It works!"]
+
+REFERENCES: dict[str, tuple[Any, Any, Callable[[], float]]] = {
+    "accuracy": (LOGITS, LABELS, lambda: 100 * sklearn.accuracy_score(LABELS, GUESSES)),
+    "top5": (MANY, LABELS, lambda: 100 * sklearn.top_k_accuracy_score(LABELS, MANY, k=5, labels=range(8))),
+    "f1": (LOGITS2, TWO, lambda: 100 * sklearn.f1_score(TWO, LOGITS2.argmax(1))),
+    "f1-macro": (LOGITS, LABELS, lambda: 100 * sklearn.f1_score(LABELS, GUESSES, average="macro")),
+    "matthews": (LOGITS, LABELS, lambda: 100 * sklearn.matthews_corrcoef(LABELS, GUESSES)),
+    "pearson": (X[:, None], Y, lambda: 100 * stats.pearsonr(X, Y).statistic),
+    "spearman": (X, Y, lambda: 100 * stats.spearmanr(X, Y).statistic),
+    "mse": (X, Y, lambda: sklearn.mean_squared_error(Y, X)),
+    "perplexity": (TEXT_LOGITS, WORDS, lambda: math.exp(_cross_entropy())),
+    "exact-match": (HEARD, SAID, lambda: 40.0),
+    "token-f1": (HEARD, SAID, lambda: 100 * (1 + 2 / 3 + 0.8 + 0 + 1) / 5),
+    "wer": (HEARD, SAID, lambda: 100 * jiwer.wer(SAID, [text.lower().strip("!") for text in HEARD])),
+    "recall@1": (LOGITS, LABELS, lambda: 100 * sklearn.top_k_accuracy_score(LABELS, LOGITS, k=1)),
+    "recall@5": (MANY, LABELS, lambda: 100 * sklearn.top_k_accuracy_score(LABELS, MANY, k=5, labels=range(8))),
+    "recall@10": (LOGITS, LABELS, lambda: 100.0),
+    "agreement": (LOGITS, OTHER, lambda: 100 * float(np.mean(OTHER.argmax(1) == GUESSES))),
+    "cosine": (X[:, None] * LOGITS, LOGITS, lambda: 100 * float(np.mean(np.sign(X)))),
+    "kl": (LOGITS, OTHER, lambda: _mean_divergence(LOGITS, OTHER)),
+}  # fmt: skip
 
 
-def test_the_interval_agrees_with_a_plain_bootstrap() -> None:
-    random = np.random.default_rng(0)
-    labels = random.integers(0, 2, 400)
-    logits = random.normal(size=(400, 2)).astype(np.float32)
-    found = metrics.quality("accuracy", logits, labels)
-    per_row = (logits.argmax(1) == labels) * 100.0
-    plain = [per_row[random.integers(0, 400, 400)].mean() for _ in range(4000)]
-    assert found.value == pytest.approx(per_row.mean())
-    assert [found.low, found.high] == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.8)
+def _cross_entropy() -> float:
+    import torch
+
+    logits, labels = torch.tensor(TEXT_LOGITS).flatten(0, 1), torch.tensor(WORDS).flatten()
+    return float(torch.nn.functional.cross_entropy(logits, labels))
+
+
+def _mean_divergence(ours: Any, theirs: Any) -> float:
+    import torch
+
+    logs = [torch.tensor(x).double().log_softmax(-1) for x in (ours, theirs)]
+    return float(torch.nn.functional.kl_div(*logs, log_target=True, reduction="batchmean"))
+
+
+@pytest.mark.parametrize("name", measures.KNOWN)
+def test_values_agree_with_a_reference(name: str) -> None:
+    outputs, labels, reference = REFERENCES[name]
+    metric = measures.get(name)
+    assert metric.value(metric.count(outputs, labels).sum(axis=0)) == pytest.approx(reference(), rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1-macro", "matthews", "pearson", "mse", "perplexity"])
+def test_the_interval_agrees_with_a_plain_bootstrap(name: str) -> None:
+    outputs, labels, _ = REFERENCES[name]
+    found = metrics.quality(name, outputs, labels)
+    metric = measures.get(name)
+    plain = []
+    for _ in range(3000):
+        rows = RANDOM.integers(0, len(labels), len(labels))
+        plain.append(metric.value(metric.count(outputs[rows], labels[rows]).sum(axis=0)))
+    low, high = np.percentile(plain, [2.5, 97.5])
+    assert [found.low, found.high] == pytest.approx([low, high], abs=0.15 * (high - low))
 
 
 def test_the_drop_is_paired() -> None:
@@ -33,6 +100,37 @@ def test_the_drop_is_paired() -> None:
     assert found.high - found.low > 3 * (found.drop_high - found.drop_low)
 
 
-def test_unknown_metrics_are_refused() -> None:
+@pytest.mark.parametrize(("name", "worse"), [("mse", X + 1), ("pearson", X + RANDOM.normal(size=300))])
+def test_a_drop_is_a_loss_whichever_way_the_metric_runs(name: str, worse: Any) -> None:
+    found = metrics.quality(name, worse, Y, original=X)
+    assert found.drop is not None
+    assert found.drop > 0
+    assert metrics.quality(name, X, Y, original=worse).drop == pytest.approx(-found.drop)
+
+
+def test_fidelity_compares_with_the_original() -> None:
+    assert metrics.quality("agreement", LOGITS, None).value == 100
+    found = metrics.quality("agreement", OTHER, None, original=LOGITS)
+    assert found.drop == pytest.approx(100 - found.value)
+
+
+def test_a_users_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workload: Any) -> None:
+    (tmp_path / "my_metric.py").write_text(
+        "def margin(logits, labels):\n    return logits[range(len(labels)), labels]\n\n\n"
+        "def short(logits, labels):\n    return [1.0]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = metrics.quality("my_metric:margin", LOGITS, LABELS)
+    assert found.value == pytest.approx(LOGITS[np.arange(300), LABELS].mean())
+    assert workload.judged_by("my_metric:margin").data.metric == "my_metric:margin"
+    with pytest.raises(InputError, match="must return 300 finite numbers"):
+        metrics.quality("my_metric:short", LOGITS, LABELS)
+    with pytest.raises(UsageError, match="no function 'my_metric:nothing'"):
+        measures.get("my_metric:nothing")
+
+
+def test_unknown_metrics_are_refused(workload: Any) -> None:
     with pytest.raises(UsageError, match="accuracy"):
-        metrics.get("quality")
+        measures.get("quality")
+    with pytest.raises(UsageError, match="'wer' does not judge a classifier's answers"):
+        workload.judged_by("wer")

@@ -1,0 +1,259 @@
+"""Measures: what each metric counts in a row, and what it makes of the counts.
+
+A metric is a function of sums over rows: accuracy of hits, F1 of true and false positives, a correlation of moments,
+perplexity of log-likelihoods and tokens. So one bootstrap serves them all: it resamples rows by weighing them, and two
+variants judged on the same rows are resampled together.
+
+Shares and correlations are in points of 100; errors are in their own unit.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+from scipy.stats import rankdata
+
+from ..errors import InputError, UnavailableError, UsageError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``count`` maps outputs and labels of n rows to statistics [n, k]; ``value`` maps their sums [..., k] to [...]."""
+
+    name: str
+    count: Callable[[Any, Any], Floats]
+    value: Callable[[Floats], Floats]
+    better: int = 1
+    """1 where more is better, -1 where less is."""
+    against_original: bool = False
+    """Whether the labels are the original's outputs, and not the data's."""
+
+
+def _share(hits: Any) -> Floats:
+    """Statistics of a mean in points of 100."""
+    hits = np.asarray(hits, dtype=np.float64)
+    return np.stack([100 * hits, np.ones_like(hits)], axis=1)
+
+
+def _mean(sums: Floats) -> Floats:
+    result: Floats = sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
+    return result
+
+
+def _accuracy(outputs: Any, labels: Any) -> Floats:
+    return _share(outputs.argmax(axis=1) == labels)
+
+
+def _top(outputs: Any, labels: Any, *, k: int) -> Floats:
+    """Hits where fewer than ``k`` outputs are larger than the label's."""
+    own = np.take_along_axis(outputs, np.asarray(labels)[:, None], axis=1)
+    return _share((outputs > own).sum(axis=1) < k)
+
+
+def _errors(outputs: Any, labels: Any) -> Floats:
+    """True positives, false positives and false negatives of every class: [n, 3 * classes]."""
+    classes = outputs.shape[1]
+    guessed, true = np.eye(classes)[outputs.argmax(axis=1)], np.eye(classes)[labels]
+    return np.concatenate([guessed * true, guessed * (1 - true), (1 - guessed) * true], axis=1)
+
+
+def _f1_of_classes(sums: Floats) -> Floats:
+    hits, false, missed = np.split(sums, 3, axis=-1)
+    total = 2 * hits + false + missed
+    return np.where(total > 0, 200 * hits / np.where(total > 0, total, 1), np.nan)
+
+
+def _f1(sums: Floats) -> Floats:
+    """F1 of the last class, the positive one of two."""
+    result: Floats = np.nan_to_num(_f1_of_classes(sums)[..., -1])
+    return result
+
+
+def _f1_macro(sums: Floats) -> Floats:
+    """The mean F1 of the classes that occur, as labels or as answers."""
+    result: Floats = np.nanmean(_f1_of_classes(sums), axis=-1)
+    return result
+
+
+def _matches(outputs: Any, labels: Any) -> Floats:
+    """A row, a hit, the answer's class, the label's class: [n, 2 + 2 * classes]."""
+    classes, guessed = outputs.shape[1], outputs.argmax(axis=1)
+    rows = np.stack([np.ones(len(guessed)), guessed == labels], axis=1)
+    return np.concatenate([rows, np.eye(classes)[guessed], np.eye(classes)[labels]], axis=1)
+
+
+def _matthews(sums: Floats) -> Floats:
+    """The correlation of answers and labels (Gorodkin 2004, R_K), 0 where either has one class only."""
+    rows, hits = sums[..., 0], sums[..., 1]
+    guessed, true = np.split(sums[..., 2:], 2, axis=-1)
+    spread = (rows**2 - (guessed**2).sum(-1)) * (rows**2 - (true**2).sum(-1))
+    shared = hits * rows - (guessed * true).sum(-1)
+    result: Floats = np.where(spread > 0, 100 * shared / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+    return result
+
+
+def _moments(outputs: Any, labels: Any) -> Floats:
+    x, y = _numbers(outputs), np.asarray(labels, dtype=np.float64)
+    x, y = x - x.mean(), y - y.mean()  # a correlation does not move; its rounding does
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+
+
+def _ranked_moments(outputs: Any, labels: Any) -> Floats:
+    """Moments of the ranks; a resample keeps the ranks of the whole."""
+    return _moments(rankdata(_numbers(outputs)), rankdata(labels))
+
+
+def _correlation(sums: Floats) -> Floats:
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    spread = (n * xx - x**2) * (n * yy - y**2)
+    result: Floats = np.where(spread > 0, 100 * (n * xy - x * y) / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+    return result
+
+
+def _squares(outputs: Any, labels: Any) -> Floats:
+    error = (_numbers(outputs) - np.asarray(labels, dtype=np.float64)) ** 2
+    return np.stack([error, np.ones_like(error)], axis=1)
+
+
+def _numbers(outputs: Any) -> Floats:
+    """One number a row, also where it comes as a column."""
+    values = np.asarray(outputs, dtype=np.float64)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1:
+        raise InputError(f"This metric takes one number a row, and the outputs have shape {list(values.shape)}.")
+    return values
+
+
+def _likelihoods(outputs: Any, labels: Any) -> Floats:
+    """Negative log-likelihood and number of a row's tokens; ``outputs`` [n, tokens, vocabulary], label -100 is none."""
+    labels = np.asarray(labels)
+    real = labels >= 0
+    logs = log_softmax(np.asarray(outputs, dtype=np.float64), axis=-1)
+    chosen = np.take_along_axis(logs, np.where(real, labels, 0)[..., None], axis=-1)[..., 0]
+    return np.stack([-(chosen * real).sum(axis=1), real.sum(axis=1).astype(np.float64)], axis=1)
+
+
+def _perplexity(sums: Floats) -> Floats:
+    result: Floats = np.exp(_mean(sums))
+    return result
+
+
+def _words(text: str) -> list[str]:
+    """Words without case, punctuation and articles, as SQuAD has them (Rajpurkar et al. 2016, arXiv 1606.05250)."""
+    plain = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _exact(outputs: Sequence[str], labels: Sequence[str]) -> Floats:
+    return _share([_words(ours) == _words(theirs) for ours, theirs in zip(outputs, labels, strict=True)])
+
+
+def _token_f1(outputs: Sequence[str], labels: Sequence[str]) -> Floats:
+    return _share([_overlap(_words(ours), _words(theirs)) for ours, theirs in zip(outputs, labels, strict=True)])
+
+
+def _overlap(ours: list[str], theirs: list[str]) -> float:
+    if not ours or not theirs:
+        return float(ours == theirs)
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def _word_errors(outputs: Sequence[str], labels: Sequence[str]) -> Floats:
+    """Substitutions, insertions and deletions, in points of 100, and the words that should have been said."""
+    try:
+        import jiwer
+    except ImportError as error:
+        raise UnavailableError("The word error rate needs jiwer: install edgepress[audio].") from error
+    rows = []
+    for ours, theirs in zip(outputs, labels, strict=True):
+        found = jiwer.process_words(" ".join(_spoken(theirs)), " ".join(_spoken(ours)))
+        wrong = found.substitutions + found.insertions + found.deletions
+        rows.append([100.0 * wrong, float(len(_spoken(theirs)))])
+    return np.array(rows)
+
+
+def _spoken(text: str) -> list[str]:
+    return re.sub(r"[^\w\s']", " ", text.lower()).split()
+
+
+def _agreement(outputs: Any, original: Any) -> Floats:
+    return _share(outputs.argmax(axis=-1) == original.argmax(axis=-1))
+
+
+def _cosine(outputs: Any, original: Any) -> Floats:
+    ours, theirs = (np.asarray(x, dtype=np.float64).reshape(len(x), -1) for x in (outputs, original))
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    return _share((ours * theirs).sum(axis=1) / np.maximum(norms, 1e-12))
+
+
+def _divergence(outputs: Any, original: Any) -> Floats:
+    """Kullback-Leibler divergence of the answer's distribution from the original's, in nats."""
+    ours, theirs = (log_softmax(np.asarray(x, dtype=np.float64), axis=-1) for x in (outputs, original))
+    values = (np.exp(theirs) * (theirs - ours)).sum(axis=-1).reshape(len(ours), -1).mean(axis=1)
+    return np.stack([values, np.ones_like(values)], axis=1)
+
+
+KNOWN = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", _accuracy, _mean),
+        Metric("top5", partial(_top, k=5), _mean),
+        Metric("f1", _errors, _f1),
+        Metric("f1-macro", _errors, _f1_macro),
+        Metric("matthews", _matches, _matthews),
+        Metric("pearson", _moments, _correlation),
+        Metric("spearman", _ranked_moments, _correlation),
+        Metric("mse", _squares, _mean, better=-1),
+        Metric("perplexity", _likelihoods, _perplexity, better=-1),
+        Metric("exact-match", _exact, _mean),
+        Metric("token-f1", _token_f1, _mean),
+        Metric("wer", _word_errors, _mean, better=-1),
+        Metric("recall@1", partial(_top, k=1), _mean),
+        Metric("recall@5", partial(_top, k=5), _mean),
+        Metric("recall@10", partial(_top, k=10), _mean),
+        Metric("agreement", _agreement, _mean, against_original=True),
+        Metric("cosine", _cosine, _mean, against_original=True),
+        Metric("kl", _divergence, _mean, better=-1, against_original=True),
+    )
+}
+
+
+OF_CLASSES = ("accuracy", "top5", "f1", "f1-macro", "matthews", "agreement", "cosine", "kl")
+"""What the logits of a classifier can be judged by."""
+
+
+def get(name: str) -> Metric:
+    """The metric of this name, or the user's own, ``package.module:function``: its mean over rows, more being better.
+
+    The function maps outputs and labels of n rows to n numbers. Raises UsageError where there is no such metric.
+    """
+    from . import functions
+
+    if functions.named(name):
+        return Metric(name, partial(_own, functions.find(name), name), _mean)
+    if name not in KNOWN:
+        raise UsageError(f"There is no metric '{name}' (known: {', '.join(KNOWN)}, or package.module:function).")
+    return KNOWN[name]
+
+
+def _own(function: Callable[[Any, Any], Any], name: str, outputs: Any, labels: Any) -> Floats:
+    try:
+        values = np.asarray(function(outputs, labels), dtype=np.float64)
+    except Exception as error:  # whatever the user's own code raises
+        raise InputError(f"{name}() failed with {type(error).__name__}: {' '.join(str(error).split())}.") from error
+    if values.shape != (len(labels),) or not np.isfinite(values).all():
+        raise InputError(f"{name}() must return {len(labels)} finite numbers, one a row; it gave shape {values.shape}.")
+    return np.stack([values, np.ones_like(values)], axis=1)
