@@ -38,8 +38,13 @@ def structure(module: nn.Module, example: Mapping[str, Tensor], before: Structur
     total = sum(layer_macs(module.get_submodule(name), made) for name, made in calls.items())
     sites: list[Site] = []
     notes: list[str] = []
+    try:
+        groups = _groups(module, example)
+    except Exception as error:  # tracing runs the model's own code and follows what it finds
+        groups = []
+        notes.append(f"its dependency graph cannot be traced ({type(error).__name__}), so everything is left alone")
     layers = [name for name, child in module.named_modules() if isinstance(child, MAKERS)]
-    for root, cuts, count in _groups(module, example):
+    for root, cuts, count in groups:
         gates = tuple(cut for cut in cuts if cut.side == "in")
         site = Site("channel", layers.index(root), count, cuts, gates)
         tried = before is not None and before.find("channel", site.layer) is not None
@@ -63,8 +68,6 @@ def _groups(module: nn.Module, example: Mapping[str, Tensor]) -> list[tuple[str,
         with torch.enable_grad():
             graph: Any = tp.DependencyGraph().build_dependency(module, dict(example))
         groups = list(graph.get_all_groups(root_module_types=MAKERS))
-    except Exception:  # tracing runs any model's own code, which may do what the graph does not know
-        return []
     finally:
         for child, mode in training.items():
             child.training = mode

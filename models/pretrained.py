@@ -143,7 +143,12 @@ def _module(folder: Path, architecture: str) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{folder} cannot be loaded: its .bin file holds more than tensors, and edgepress unpickles nothing else; "
+            f"save it again as safetensors."
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}.") from error
     missing = sorted(info["missing_keys"])
     if missing:

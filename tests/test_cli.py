@@ -110,7 +110,7 @@ def _without_a_layer(folder: Path) -> None:
         (_with_nan, "NaN or infinite"),
         (_with_code, "does not run"),
         (_of_another_type, "'mamba'"),
-        (_with_a_bin_that_is_none, "cannot be loaded"),
+        (_with_a_bin_that_is_none, "holds more than tensors"),
         (_without_a_layer, "lacks 1 of the model's tensors"),
     ],
 )

@@ -65,7 +65,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "stage",
-    ["baseline", "recover-1", "measure", *(pytest.param(s, marks=SLOW) for s in ("prune-1", "export-1", "quantize-1"))],
+    ["recover-1", "measure", *(pytest.param(s, marks=SLOW) for s in ("baseline", "prune-1", "export-1", "quantize-1"))],
 )
 def test_killed_and_resumed(
     finished_run: Path,

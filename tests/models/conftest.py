@@ -6,6 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from edgepress.errors import InputError
+from edgepress.models.structure import Structure
+from edgepress.plan import PruningPlan, Unit
+from hypothesis import assume
+from hypothesis import strategies as st
 
 TEXT: dict[str, Any] = {
     "vocab_size": 50,
@@ -133,6 +138,34 @@ def build(name: str, length: int = 12) -> Any:
         source="",
         example=inputs,
     )
+
+
+@st.composite
+def _plans(draw: Any, structure: Structure) -> PruningPlan:
+    """Any plan that leaves every attention a head and every stack a block; all of a feed-forward may go."""
+    units: list[Unit] = []
+    for site in structure.sites:
+        if site.kind == "block":
+            continue
+        most = site.count if site.kind == "ffn" else site.count - 1
+        count = draw(st.one_of(st.just(most), st.just(0), st.integers(0, most)))
+        units += draw(st.permutations(site.units))[:count]
+    for stack in structure.stacks:
+        if not stack.shared:
+            going = draw(st.lists(st.sampled_from(stack.layers), max_size=stack.count - 1, unique=True))
+            units += [Unit("block", layer, 0) for layer in going]
+    plan = PruningPlan.of(units)
+    try:
+        structure.check(structure.closed(plan))
+    except InputError:
+        assume(False)
+    return plan
+
+
+@pytest.fixture(scope="session")
+def plans() -> Any:
+    """The strategy that draws plans for a structure."""
+    return _plans
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 from edgepress.errors import InputError, UsageError
 from edgepress.models import checkpoint, surgery
 from edgepress.models.inspect import inspect
-from edgepress.plan import PruningPlan, Unit
+from edgepress.plan import PruningPlan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -185,21 +185,9 @@ def net(request: pytest.FixtureRequest, nets: Path) -> Any:
     return replace(workload, module=module, example=example)
 
 
-@st.composite
-def plans(draw: Any, structure: Any) -> PruningPlan:
-    units: list[Unit] = []
-    for site in structure.sites:
-        if site.kind != "block":
-            units += draw(st.lists(st.sampled_from(site.units), max_size=site.count - 1, unique=True))
-    for stack in structure.stacks:
-        going = draw(st.lists(st.sampled_from(stack.layers), max_size=stack.count - 1, unique=True))
-        units += [Unit("block", layer, 0) for layer in going]
-    return PruningPlan.of(units)
-
-
 @SETTINGS
 @given(st.data())
-def test_masked_is_removed(net: Any, data: st.DataObject) -> None:
+def test_masked_is_removed(net: Any, plans: Any, data: st.DataObject) -> None:
     plan = data.draw(plans(net.structure))
     with torch.no_grad(), surgery.masked(net.module, net.structure, plan):
         masked = net.forward(net.example)
