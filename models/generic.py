@@ -83,10 +83,8 @@ def _groups(module: nn.Module, example: Mapping[str, Tensor]) -> list[tuple[str,
             width = max(len(item.idxs) // count, 1)
             cuts[names[layer], side] = Cut(names[layer], side, width, (int(item.idxs[0]),))
         listed = tuple(sorted(cuts.values(), key=lambda cut: order[cut.layer]))
-        made_by = (
-            cut.layer for cut in listed if cut.side == "out" and isinstance(module.get_submodule(cut.layer), MAKERS)
-        )
-        root = next(made_by, None)
+        makers = [cut.layer for cut in listed if cut.side == "out"]
+        root = next((name for name in makers if isinstance(module.get_submodule(name), MAKERS)), None)
         if root is not None:
             found.append((root, listed, count))
     return sorted(found, key=lambda entry: order[entry[0]])
@@ -98,11 +96,8 @@ def _costs(module: nn.Module, calls: Mapping[str, list[Call]], cuts: tuple[Cut, 
     for cut in cuts:
         child: Any = module.get_submodule(cut.layer)
         rows = matrix(child).shape[0] if cut.side == "out" else matrix(child).shape[1] // window(child)
-        params += (
-            sum(p.numel() for p in child.parameters(recurse=False) if p is child.weight or cut.side == "out")
-            * (cut.width)
-            // rows
-        )
+        owned = [p for p in child.parameters(recurse=False) if p is child.weight or cut.side == "out"]  # not the bias
+        params += sum(p.numel() for p in owned) * cut.width // rows
         if not isinstance(child, NORMS):
             macs += layer_macs(child, calls.get(cut.layer, [])) * cut.width // rows
     return params, macs
@@ -145,9 +140,8 @@ def _failure(module: nn.Module, example: Mapping[str, Tensor], site: Site) -> st
     except Exception as error:  # a model's own code may ask for the width that it was written with
         return f"without one of them the model fails ({type(error).__name__})"
     ours, theirs = answer(masked), answer(removed)
-    if ours.shape != theirs.shape or (ours - theirs).abs().max() > TOLERANCE * ours.abs().max().clamp(min=1e-12):
-        return "removing one is not the same as masking it"
-    return ""
+    same = ours.shape == theirs.shape and (ours - theirs).abs().max() <= TOLERANCE * ours.abs().max().clamp(min=1e-12)
+    return "" if same else "removing one is not the same as masking it"
 
 
 def _known(layer: nn.Module) -> bool:

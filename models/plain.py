@@ -21,6 +21,8 @@ def plain_skeleton(workload: Workload) -> Skeleton:
 
     Raises UsageError where layers differ, or where the architecture's configuration has no field for what went.
     """
+    if workload.skeleton.is_function:
+        raise UsageError(f"{workload.name} was made by a function: it has no configuration to say its widths in.")
     family = workload.skeleton.family
     config = copy.deepcopy(dict(workload.skeleton.config))
     if workload.skeleton.architecture != POOLED:

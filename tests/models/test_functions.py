@@ -289,9 +289,11 @@ def test_a_function_that_cannot_be_used_is_one_sentence(nets: Path, name: str, e
 
 def test_from_the_command_line(nets: Path, edgepress: Any, tmp_path: Path) -> None:
     out = tmp_path / "pruned"
-    done = edgepress(
-        "prune", "nets_of_a_user:resnet", "--method", "magnitude", "--recover", "none", "-o", out, cwd=nets
-    )
+    command = ("prune", "nets_of_a_user:resnet", "--method", "magnitude", "--recover", "none", "-o", out)
+    done = edgepress(*command, cwd=nets)
     assert done.returncode == 0, done.stderr
     seen = edgepress("inspect", f"nets_of_a_user:resnet@{out}", "--json", cwd=nets)
     assert seen.returncode == 0, seen.stderr
+    refused = edgepress(*command, "--uniform", cwd=nets)
+    assert refused.returncode == 2
+    assert "made by a function" in refused.stderr
