@@ -29,10 +29,16 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(help="zoo:NAME, a Hugging Face folder or hub id, a checkpoint, package.module:function.")
 ]
-Data = Annotated[str | None, typer.Option("--data", help="CSV, TSV or JSONL file of labelled rows.")]
-Columns = Annotated[str | None, typer.Option("--columns", help="Column names: text=review,label=stars.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="Rows: a CSV, TSV, JSONL, Parquet or .npz file, a folder, package.module:function."),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option("--columns", help="Column names: text=review,label=stars; label=- for rows without labels."),
+]
 MetricOption = Annotated[
-    str | None, typer.Option("--metric", help="accuracy, f1, f1-macro, matthews, top5, or package.module:function.")
+    str | None, typer.Option("--metric", help="What quality is: accuracy, f1, …, or package.module:function.")
 ]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else there.")]
@@ -190,24 +196,31 @@ def inspect(
     model: Model,
     data: Data = None,
     columns: Columns = None,
+    rows: Annotated[int, typer.Option("--rows", help="Calibration rows for the statistics; 0 for none.", min=0)] = 128,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for inspect.html and inspect.json.")] = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """Structure, parameters and multiply-accumulates, layer by layer."""
+    """Structure and costs, layer by layer; with rows also gradient flow, representation and attention."""
     from .models.inspect import inspect as look
 
     with ExitStack() as stack:
-        workload, _ = _load(stack, model, data, columns, seed)
-    found = look(workload)
+        workload, screen = _load(stack, model, data, columns, seed)
+        found = look(workload, rows=rows, seed=seed, progress=screen.progress("statistics"))
+    if out:
+        from .benchmarks.inspection import write_inspection
+
+        write_inspection(found, out)
     if json_:
         _print(found)
         return
     from .benchmarks.tables import plain_table
+    from .benchmarks.tables import statistics as table_of
 
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in found["example"].items())
     print(f"{found['name']}: {found['family']}, {found['params']:,} parameters, {found['macs']:,} MACs for {shapes}")
-    columns_ = {
+    titles = {
         "layer": "layer",
         "stack": "stack",
         "heads": "heads",
@@ -219,13 +232,24 @@ def inspect(
         "params": "params",
         "macs": "MACs",
     }
-    shown = {
-        name: title for name, title in columns_.items() if name == "layer" or any(b[name] for b in found["blocks"])
-    }
-    lines = [[f"{b[name]:,}" if isinstance(b[name], int) else b[name] or "" for name in shown] for b in found["blocks"]]
+    listed = found["blocks"]
+    if not listed:  # a network without blocks: its groups of coupled layers
+        titles = {"layer": "layer", "kind": "kind", "count": "units", "params_per_unit": "params a unit"}
+        titles |= {"macs_per_unit": "MACs a unit", "reads": "read by"}
+        listed = found["layers"]
+    shown = {name: title for name, title in titles.items() if name == "layer" or any(row[name] for row in listed)}
+    lines = [[f"{row[name]:,}" if isinstance(row[name], int) else row[name] or "" for name in shown] for row in listed]
     plain_table(list(shown.values()), lines)
-    for note in found["notes"]:
+    known = found["statistics"]
+    if known:
+        print(f"statistics of {known['rows']:,} calibration rows, mean loss {known['loss']:.4g}")
+        plain_table(*table_of(known))
+    elif rows:
+        print("note: gradient flow, representation and attention need rows: give --data")
+    for note in (*found["notes"], *(known["notes"] if known else ())):
         print(f"note: {note}")
+    if out:
+        print(f"page  {out / 'inspect.html'}")
 
 
 @app.command()
@@ -380,6 +404,8 @@ def export(
 def _write_artifact(
     model: str, data: str | None, columns: str | None, scheme: str, out: Path, *, as_json: bool, seed: int
 ) -> None:
+    from dataclasses import asdict
+
     from .compress import quantize as quantizers
     from .export.backends import onnx
     from .models import metrics
@@ -392,17 +418,21 @@ def _write_artifact(
         plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(workload, scheme)
         artifact = onnx.write(workload, plan, out, name=out.name)
         with onnx.open_session(artifact, threads=os.cpu_count() or 1) as session:
-            quality = metrics.of_session(session.run, workload, seed=seed, progress=screen.progress("evaluate"))
+            judge, judged = screen.progress("evaluate"), metrics.for_artifacts(workload)
+            rows = len(judged.data.evaluation)
+            quality = metrics.of_session(session.run, judged, seed=seed, progress=judge) if rows else None
     parity = artifact.manifest.parity
     assert parity is not None
     figures = parity.model_dump(mode="json")
-    document = {"artifact": str(out), "precision": artifact.precision, "parity": figures, "quality": quality}
+    document = {"artifact": str(out), "precision": artifact.precision, "parity": figures, "quality": None}
+    document["quality"] = asdict(quality) if quality else None
     if as_json:
         _print(document)
         return
     print(f"artifact   {out} ({artifact.size_bytes / 1e6:.1f} MB, {artifact.precision})")
     print(f"parity     max abs {parity.max_abs:.2e}, cosine {parity.cosine:.6f}, at {len(parity.shapes)} shapes")
-    print(f"{quality['metric']}   {quality['value']:.2f} [{quality['low']:.2f}, {quality['high']:.2f}]")
+    if quality:
+        print(f"{quality.metric}   {quality.value:.2f} [{quality.low:.2f}, {quality.high:.2f}]")
 
 
 @app.command()

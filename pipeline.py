@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from . import __version__
 from .benchmarks import compare, environment, load, targets
@@ -110,9 +109,10 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
             max_length=recipe.max_length,
             progress=show.progress("load"),
         ).judged_by(recipe.metric)
+        workload = metrics.for_artifacts(workload)
         if not len(workload.data.evaluation):
             raise InputError(f"{recipe.model} can only be judged on labelled rows: give them with --data.")
-    if recipe.measure.sequence > workload.max_length:
+    if "input_ids" in workload.example and recipe.measure.sequence > workload.max_length:
         raise UsageError(f"Sequence {recipe.measure.sequence} is longer than the model's {workload.max_length} tokens.")
     run = _Run(out, recipe, workload, show, target)
     outcome = run.finish(run.search(), resume=resume)
@@ -203,13 +203,13 @@ class _Run:
             )
             written = onnx.write(workload, plan, place / "artifact", name=title, base=float_graph)
             written = self._fastest_form(written, progress)
-            logits = self._logits(written, progress)
-            np.save(place / "logits.npy", logits, allow_pickle=False)
-            original = None if name == "baseline" else self._saved_logits()
-            labels = self.workload.data.evaluation.labels
-            judged = metrics.quality(
-                self.workload.data.metric, logits, labels, original=original, seed=self.recipe.seed
-            )
+            with onnx.open_session(written, threads=self.threads) as session:
+                answers = metrics.session_answers(session.run, self.workload, progress=progress)
+            metrics.save_answers(place / "answers.npz", answers)
+            original = None if name == "baseline" else metrics.read_answers(self._baseline_folder / "answers.npz")
+            metric = self.workload.data.metric
+            labels = metrics.wanted(self.workload.data.evaluation, metric)
+            judged = metrics.quality(metric, answers, labels, original=original, seed=self.recipe.seed)
             return {"quality": asdict(judged)}
 
         facts = {**depends, "plan": plan.to_json(), "title": title, "base": base.key if base else None}
@@ -236,16 +236,6 @@ class _Run:
             memory=False,
             progress=progress,
         )
-
-    def _logits(self, artifact: Artifact, progress: Progress) -> NDArray[np.float32]:
-        with onnx.open_session(artifact, threads=self.threads) as session:
-            return metrics.predict(
-                lambda feeds: session.run(feeds)[0], self.workload.data.evaluation, progress=progress
-            )
-
-    def _saved_logits(self) -> NDArray[np.float32]:
-        saved: NDArray[np.float32] = np.load(self._baseline_folder / "logits.npy", allow_pickle=False)
-        return saved
 
     def _read(self, folder: Path) -> Workload:
         skeleton = self.workload.skeleton
@@ -284,9 +274,10 @@ class _Run:
         whole = self._quantized("int8", "int8 only", self.workload, original, original)
         if whole:
             variants.append(whole)
-        if self.recipe.levels:
+        if self.recipe.levels and self.workload.structure.num_units:
             scores = self._scores()
-            levels = self.recipe.levels[::-1] if self.constraint.asks_for_speed else self.recipe.levels
+            order = self.recipe.levels[::-1] if self.constraint.asks_for_speed else self.recipe.levels
+            levels = [level for level in order if level.shares(self.workload.structure.kinds)]
             for number, level in enumerate(levels, 1):
                 found = self._level(number, level, scores, original)
                 variants += found
@@ -328,11 +319,12 @@ class _Run:
     def _level(self, number: int, level: Level, scores: scorers.Scores, original: Variant) -> list[Variant]:
         """Prune, recover, export and quantize at one level; what the gate keeps of it."""
         options = self.recipe.recover
-        facts = {"level": level.model_dump(), "score": self.recipe.score.model_dump()}
-        self.show.say(f"level {number}: {level.title}")
+        shares = level.shares(self.workload.structure.kinds)
+        facts = {"level": shares, "score": self.recipe.score.model_dump()}
+        self.show.say(f"level {number}: pruned {', '.join(f'{kind} -{share:.0%}' for kind, share in shares.items())}")
 
         def cut(place: Path, progress: Progress) -> dict[str, Any]:
-            pruned = surgery.prune(self.workload, by_ratio(self.workload.structure, scores.values, level.shares))
+            pruned = surgery.prune(self.workload, by_ratio(self.workload.structure, scores.values, shares))
             if options.reconstruct:
                 pruned = reconstruct(self.workload, pruned, seed=self.recipe.seed, progress=progress)
             checkpoint.save(pruned, place / "checkpoint")

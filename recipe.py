@@ -7,7 +7,7 @@ option is declared.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import InputError, UsageError
 from .gate import Constraint
+from .models.sources import FIELDS
 
 
 class _Strict(BaseModel):
@@ -43,17 +44,18 @@ class Level(_Strict):
     """How much of each kind of unit goes."""
 
     head: float = Field(default=0.0, ge=0, lt=1)
+    kv: float = Field(default=0.0, ge=0, lt=1)
+    cross_head: float = Field(default=0.0, ge=0, lt=1)
     ffn: float = Field(default=0.0, ge=0, lt=1)
     block: float = Field(default=0.0, ge=0, lt=1)
+    channel: float = Field(default=0.0, ge=0, lt=1)
 
-    @property
-    def title(self) -> str:
-        parts = [f"{kind} -{share:.0%}" for kind, share in self.shares.items()]
-        return "pruned " + ", ".join(parts)
-
-    @property
-    def shares(self) -> dict[str, float]:
-        return {kind: share for kind, share in self.model_dump().items() if share > 0}
+    def shares(self, kinds: Sequence[str]) -> dict[str, float]:
+        """What goes of the kinds that a model has; where heads are grouped, groups take the place of heads."""
+        shares = {kind: share for kind, share in self.model_dump().items() if share > 0}
+        if "kv" in kinds and "head" in shares and "kv" not in shares:
+            shares["kv"] = shares.pop("head")
+        return {kind: share for kind, share in shares.items() if kind in kinds}
 
 
 class Recover(_Strict):
@@ -78,11 +80,11 @@ class Measure(_Strict):
     min_seconds: float = Field(default=10.0, ge=0)
 
 
-LADDER = (
-    Level(head=0.5, ffn=0.5, block=1 / 3),
-    Level(head=0.5, ffn=0.5),
-    Level(head=0.25, ffn=0.25),
+LADDER = tuple(
+    Level(head=share, cross_head=share, ffn=share, channel=share, block=blocks)
+    for share, blocks in ((0.5, 1 / 3), (0.5, 0.0), (0.25, 0.0))
 )
+"""The levels that are tried where none are given."""
 
 
 class Recipe(_Strict):
@@ -157,7 +159,7 @@ def columns(text: str) -> dict[str, str]:
     if not pairs or any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise UsageError(f"'{text}' is not a column mapping; write it like text=sentence,label=y.")
     mapping = {name.strip(): column.strip() for name, column in pairs}
-    unknown = sorted(set(mapping) - {"text", "label"})
+    unknown = sorted(set(mapping) - set(FIELDS))
     if unknown:
-        raise UsageError(f"There is no field '{unknown[0]}' to map a column to (there are: text, label).")
+        raise UsageError(f"There is no field '{unknown[0]}' to map a column to (there are: {', '.join(FIELDS)}).")
     return mapping

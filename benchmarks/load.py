@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
-from ..export.artifact import Artifact
+from ..export.artifact import Artifact, Axis
 from . import targets
 from .environment import fingerprint
 from .measurement import Measurement
 
-Feeds = dict[str, NDArray[np.int64]]
+Feeds = dict[str, NDArray[Any]]
 Progress = Callable[[int, int, str], None]
 
 RUNNER = Path(__file__).with_name("runner.py")
@@ -37,14 +37,19 @@ def benchmark(
 ) -> list[Measurement]:
     """Latency of all ``artifacts``, interleaved in one process, and the memory of each in a process of its own.
 
-    It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Raises UsageError where
-    the shape lies outside the range that an artifact was proven in.
+    It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
+    have no ``sequence``: it is 0 in what is returned. Raises UsageError where the shape lies outside the range that an
+    artifact was proven in.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
     where = targets.parse(target)
     for artifact in artifacts:
         _check_shape(artifact, batch, sequence)
+    if not any(
+        axis.name == "sequence" for spec in artifacts[0].manifest.inputs.values() for axis in spec.axes.values()
+    ):
+        sequence = 0
     with targets.get(where.host).connect(where.host) as host, tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "feeds.npz", **_feeds(artifacts[0], batch, sequence))  # type: ignore[arg-type]
         shutil.copy(RUNNER, folder)
@@ -88,10 +93,14 @@ def benchmark(
     ]
 
 
+def _size(axis: Axis, batch: int, sequence: int) -> int:
+    return batch if axis.name == "batch" else sequence
+
+
 def _check_shape(artifact: Artifact, batch: int, sequence: int) -> None:
     for name, spec in artifact.manifest.inputs.items():
-        for index, size in (("0", batch), ("1", sequence)):
-            axis = spec.axes[index]
+        for axis in spec.axes.values():
+            size = _size(axis, batch, sequence)
             if not axis.min <= size <= axis.max:
                 raise UsageError(
                     f"'{name}' of {artifact.folder} was proven for {axis.name} {axis.min} to {axis.max}, not {size}."
@@ -99,9 +108,20 @@ def _check_shape(artifact: Artifact, batch: int, sequence: int) -> None:
 
 
 def _feeds(artifact: Artifact, batch: int, sequence: int) -> Feeds:
-    """Arbitrary token ids and a full mask: latency depends on the shape, not on the words."""
-    ids = np.random.default_rng(0).integers(0, 1000, size=(batch, sequence))
-    return {name: np.ones_like(ids) if "mask" in name else ids for name in artifact.manifest.inputs}
+    """Arbitrary values and full masks: latency depends on the shape, not on the words."""
+    random = np.random.default_rng(0)
+    feeds: Feeds = {}
+    for name, spec in artifact.manifest.inputs.items():
+        shape = list(spec.shape)
+        for place, axis in spec.axes.items():
+            shape[int(place)] = _size(axis, batch, sequence)
+        if "mask" in name:
+            feeds[name] = np.ones(shape, dtype=spec.dtype)
+        elif spec.below:
+            feeds[name] = random.integers(0, spec.below, size=shape).astype(spec.dtype)
+        else:
+            feeds[name] = random.standard_normal(shape).astype(spec.dtype)
+    return feeds
 
 
 def _relay(progress: Progress | None) -> Callable[[str], None]:

@@ -65,7 +65,7 @@ def recover(
     for step, rows in zip(range(steps), _endless(original.data.train, batch, seed), strict=False):
         with torch.no_grad():
             target = _features(original, rows.inputs)
-        loss = _distance(_features(student, rows.inputs), target, rows.inputs["attention_mask"], scale)
+        loss = _distance(_features(student, rows.inputs), target, rows.inputs.get("attention_mask"), scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(trained, CLIP))
@@ -95,8 +95,13 @@ def _endless(rows: Rows, batch: int, seed: int) -> Iterator[Batch]:
         epoch += 1
 
 
-def _features(workload: Workload, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The last block's output [batch, sequence, hidden], of a shared block its last one, and the logits."""
+def _features(workload: Workload, inputs: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+    """The last block's output [batch, sequence, hidden], of a shared block its last one, and the logits.
+
+    A model without blocks has the logits alone.
+    """
+    if not workload.structure.stacks:
+        return None, workload.forward(inputs)
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -114,13 +119,22 @@ def _features(workload: Workload, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
 
 def _mean_square_logit(original: Workload, batch: int) -> float:
     """The size of the original's logits: their mean square over the calibration rows."""
+    squares, count = 0.0, 0
     with torch.no_grad():
-        logits = torch.cat([original.forward(rows.inputs) for rows in original.data.calibration.batches(batch)])
-    return float(logits.square().mean())
+        for rows in original.data.calibration.batches(batch):
+            logits = original.forward(rows.inputs)
+            squares, count = squares + float(logits.square().sum()), count + logits.numel()
+    return squares / count
 
 
-def _distance(student: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], mask: Tensor, scale: float) -> Tensor:
+def _distance(
+    student: tuple[Tensor | None, Tensor], target: tuple[Tensor | None, Tensor], mask: Tensor | None, scale: float
+) -> Tensor:
     """Squared error of hidden states at real tokens over the target's squares, plus that of logits over ``scale``."""
-    real = mask.bool()
-    hidden = (student[0][real] - target[0][real]).square().sum() / target[0][real].square().sum()
-    return hidden + (student[1] - target[1]).square().mean() / scale
+    logits = (student[1] - target[1]).square().mean() / scale
+    ours, theirs = student[0], target[0]
+    if ours is None or theirs is None:
+        return logits
+    if mask is not None and mask.shape == ours.shape[:-1]:
+        ours, theirs = ours[mask.bool()], theirs[mask.bool()]
+    return (ours - theirs).square().sum() / theirs.square().sum() + logits

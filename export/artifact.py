@@ -30,7 +30,12 @@ class Axis(_Strict):
 
 class Input(_Strict):
     dtype: str
+    shape: tuple[int, ...]
+    """Of one row; the size of a dynamic axis is an example."""
     axes: dict[str, Axis]
+    """The dynamic axes, by their position."""
+    below: int = 0
+    """Whole numbers from 0 up to here, and not further, are what the model knows."""
 
 
 class Session(_Strict):

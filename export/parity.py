@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import EdgepressError
+from ..models.examples import example
+from ..models.workload import Workload
 from .artifact import Parity
 
-Feeds = dict[str, NDArray[np.int64]]
-Run = Callable[[Feeds], NDArray[np.float32]]
+ODD = {"batch": 3, "sequence": 37, "decoder_sequence": 5}
+"""The axes that can be dynamic, and a size of each that is no power of two."""
+
+Feeds = dict[str, NDArray[Any]]
+Run = Callable[[Feeds], NDArray[Any]]
 
 TOLERANCE = {"fp32": 1e-3}
 """Largest absolute difference of a float precision's outputs, in units of the reference's largest output."""
@@ -26,60 +35,110 @@ class ParityError(EdgepressError):
     """The artifact does not compute what it was made from; no file is left behind."""
 
 
-def corners(max_batch: int, max_sequence: int) -> tuple[tuple[int, int], ...]:
-    """The corners of the (batch, sequence) range, and odd shapes inside it."""
-    odd_batch, odd_sequence = min(3, max_batch), min(37, max_sequence)
-    batches, sequences = {1, odd_batch, max_batch}, {1, odd_sequence, max_sequence}
-    return tuple((batch, sequence) for batch in sorted(batches) for sequence in sorted(sequences))
+def corners(workload: Workload) -> list[dict[str, int]]:
+    """Sizes of the dynamic axes by name: the corners of their ranges, and odd ones inside."""
+    axes = {axis.name: axis for of_input in workload.input_axes.values() for axis in of_input.values()}
+    sizes = {name: sorted({1, min(odd, axes[name].max), axes[name].max}) for name, odd in ODD.items() if name in axes}
+    return [dict(zip(sizes, chosen, strict=True)) for chosen in itertools.product(*sizes.values())]
 
 
-def feeds_of_shape(token_ids: Sequence[NDArray[np.int64]], pad_id: int, batch: int, sequence: int) -> Feeds:
-    """Real rows cut or padded to exactly [batch, sequence]; rows repeat where there are too few."""
-    ids = np.full((batch, sequence), pad_id, dtype=np.int64)
-    mask = np.zeros((batch, sequence), dtype=np.int64)
-    for position in range(batch):
-        row = token_ids[position % len(token_ids)][:sequence]
-        ids[position, : len(row)] = row
-        mask[position, : len(row)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+def feeds(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
+    """Inputs of exactly these sizes: calibration rows, cut or padded; random ones where the workload has no rows.
 
-
-def check(run: Run, reference: Run, feeds: Sequence[Feeds], *, precision: str, reference_name: str) -> Parity:
-    """Compare ``run`` with ``reference`` on every feed.
-
-    Both return [batch, labels]. The scale of a difference is that of the reference's outputs over all feeds: those of
-    one row alone may all be near zero. Raises ParityError, naming the shape and both numbers, where shapes differ, an
-    output is not finite, or the difference is beyond the tolerance of ``precision``.
+    Rows repeat where there are too few.
     """
-    shapes = [tuple(feed["input_ids"].shape) for feed in feeds]
-    got, want = [run(feed) for feed in feeds], [reference(feed) for feed in feeds]
-    for shape, ours, theirs in zip(shapes, got, want, strict=True):
-        if ours.shape != theirs.shape:
-            raise ParityError(f"At input shape {list(shape)} the artifact gives {ours.shape}, not {theirs.shape}.")
-        if not np.isfinite(ours).all():
-            raise ParityError(f"At input shape {list(shape)} the artifact gives values that are not finite.")
-    all_got, all_want = (np.concatenate([part.ravel() for part in parts]).astype(np.float64) for parts in (got, want))
-    largest, spread = max(float(np.abs(all_want).max()), 1e-12), max(float(_rms(all_want)), 1e-12)
-    for shape, ours, theirs in zip(shapes, got, want, strict=True):
+    rows, count = workload.data.calibration, sizes["batch"]
+    made = rows.padded(np.arange(count) % len(rows)) if len(rows) else _random(workload, count)
+    arrays: Feeds = {}
+    for name, axes in workload.input_axes.items():
+        array = made[name].to(workload.example[name].dtype).numpy()
+        if 1 in axes:
+            length = sizes[axes[1].name]
+            missing = max(0, length - array.shape[1])
+            pad = rows.pads.get(name, 0)
+            array = np.pad(array[:, :length], ((0, 0), (0, missing)), constant_values=pad)
+        arrays[name] = np.ascontiguousarray(array)
+    return arrays
+
+
+def _random(workload: Workload, count: int) -> dict[str, Tensor]:
+    if not workload.skeleton.is_function:
+        inputs = workload.skeleton.family.inputs
+        return {**_repeated(workload, count), **example(workload.module, inputs, workload.max_length, rows=count)}
+    return _repeated(workload, count)
+
+
+def _repeated(workload: Workload, count: int) -> dict[str, Tensor]:
+    """The example ``count`` times, its floats each with a little noise."""
+    random = torch.Generator().manual_seed(0)
+    found = {}
+    for name, tensor in workload.example.items():
+        many = tensor.expand(count, *tensor.shape[1:]).clone()
+        if many.is_floating_point():
+            many += 0.1 * torch.randn(many.shape, generator=random, dtype=many.dtype)
+        found[name] = many
+    return found
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """What is kept of one comparison of outputs with the reference's."""
+
+    largest_error: float
+    square_error: float
+    largest: float
+    squares: tuple[float, float]
+    product: float
+    size: int
+
+
+def check(run: Run, reference: Run, inputs: Iterable[Feeds], *, precision: str, reference_name: str) -> Parity:
+    """Compare ``run`` with ``reference`` on all ``inputs``, whose outputs are held one at a time.
+
+    The scale of a difference is that of the reference's outputs over all inputs: those of one row alone may all be near
+    zero. Raises ParityError, naming the shape and both numbers, where shapes differ, an output is not finite, or the
+    difference is beyond the tolerance of ``precision``.
+    """
+    found: dict[tuple[int, ...], _Difference] = {}
+    for feed in inputs:
+        shape = tuple(next(iter(feed.values())).shape)
+        found[shape] = _difference(run(feed), reference(feed), shape)
+    largest = max(1e-12, *(one.largest for one in found.values()))
+    total = sum(one.size for one in found.values())
+    spread = max(1e-12, float(np.sqrt(sum(one.squares[1] for one in found.values()) / total)))
+    for shape, one in found.items():
         if precision in TOLERANCE:
-            error, limit, unit = np.abs(ours - theirs).max() / largest, TOLERANCE[precision], "its largest output"
+            error, limit, unit = one.largest_error / largest, TOLERANCE[precision], "its largest output"
         else:
-            error, limit, unit = _rms(ours - theirs) / spread, INTEGER_TOLERANCE, "its root mean square output"
+            error, limit = float(np.sqrt(one.square_error / one.size)) / spread, INTEGER_TOLERANCE
+            unit = "its root mean square output"
         if error > limit:
             raise ParityError(
                 f"At input shape {list(shape)} the {precision} artifact is {error:.2e} away from {reference_name} "
                 f"(relative to {unit}); at most {limit:.2g} is allowed."
             )
-    max_abs = float(np.abs(all_got - all_want).max())
-    norms = float(np.linalg.norm(all_got) * np.linalg.norm(all_want))
+    max_abs = max(one.largest_error for one in found.values())
+    ours, theirs = (sum(one.squares[i] for one in found.values()) for i in (0, 1))
     return Parity(
         reference=reference_name,
         max_abs=max_abs,
         max_rel=max_abs / largest,
-        cosine=float(all_got @ all_want) / max(norms, 1e-12),
-        shapes=tuple(shapes),
+        cosine=sum(one.product for one in found.values()) / max(float(np.sqrt(ours * theirs)), 1e-12),
+        shapes=tuple(found),
     )
 
 
-def _rms(values: NDArray[Any]) -> Any:
-    return np.sqrt(np.mean(np.square(values.astype(np.float64))))
+def _difference(ours: NDArray[Any], theirs: NDArray[Any], shape: tuple[int, ...]) -> _Difference:
+    if ours.shape != theirs.shape:
+        raise ParityError(f"At input shape {list(shape)} the artifact gives {ours.shape}, not {theirs.shape}.")
+    if not np.isfinite(ours).all():
+        raise ParityError(f"At input shape {list(shape)} the artifact gives values that are not finite.")
+    got, want = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
+    return _Difference(
+        largest_error=float(np.abs(got - want).max()),
+        square_error=float(np.square(got - want).sum()),
+        largest=float(np.abs(want).max()),
+        squares=(float(got @ got), float(want @ want)),
+        product=float(got @ want),
+        size=got.size,
+    )

@@ -22,12 +22,12 @@ from torch import nn
 from ..errors import InputError
 from ..files import new_folder
 from ..plan import PruningPlan, read_json
-from . import data as rows
-from . import mapping, surgery, zoo
+from . import encode, mapping, surgery, zoo
+from .data import Data
 from .plain import plain_skeleton
 from .skeleton import Skeleton
 from .structure import Structure
-from .workload import TOKENIZER_FILES, Progress, Workload, check_finite
+from .workload import MODEL_FILES, Progress, Workload, check_finite
 
 META = "edgepress.json"
 FORMAT = 1
@@ -97,19 +97,15 @@ def load(
 
     ``function`` as in :func:`read`.
     """
-    meta, skeleton = _description(folder, function)
+    meta, _ = _description(folder, function)
     source = data or str(meta["source"])
-    if not source:
-        split = rows.Data.empty()
-    elif source.startswith("zoo:"):
-        split = zoo.load(source.removeprefix("zoo:"), seed=seed, progress=progress).data
-    else:
-        length = int(meta["max_length"])
-        split = rows.load(source, folder, skeleton.labels, columns=columns, seed=seed, max_length=length)
-    return read(folder, split, function)
+    if source.startswith("zoo:"):
+        return read(folder, zoo.load(source.removeprefix("zoo:"), seed=seed, progress=progress).data, function)
+    workload = read(folder, Data.empty(), function)
+    return encode.with_rows(workload, source, folder, columns=columns, seed=seed) if source else workload
 
 
-def read(folder: Path, data: rows.Data, function: str = "") -> Workload:
+def read(folder: Path, data: Data, function: str = "") -> Workload:
     """The workload that was saved in ``folder``, with these rows.
 
     ``function`` names the function that made the module, where one did: it is not run on the folder's word. Raises
@@ -122,6 +118,9 @@ def read(folder: Path, data: rows.Data, function: str = "") -> Workload:
     restore(module, before, plan, folder / "model.safetensors", meta["tied"])
     dtype = next(module.parameters()).dtype
     example = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example.items()}
+    data, example = encode.fitted(data, module, example)
+    files = {file: (folder / file).read_bytes() for file in MODEL_FILES if (folder / file).is_file()}
+    _set_generation(module, files)
     return Workload(
         name=meta["name"],
         module=module,
@@ -133,8 +132,19 @@ def read(folder: Path, data: rows.Data, function: str = "") -> Workload:
         source=meta["source"],
         example=example,
         plan=plan,
-        files={file: (folder / file).read_bytes() for file in TOKENIZER_FILES if (folder / file).is_file()},
+        files=files,
     )
+
+
+def _set_generation(module: Any, files: Mapping[str, bytes]) -> None:
+    """Give a generating model the tokens to begin and to end with, and those to suppress, that its folder names."""
+    if "generation_config.json" in files and hasattr(module, "generation_config"):
+        from transformers import GenerationConfig
+
+        try:
+            module.generation_config = GenerationConfig.from_dict(json.loads(files["generation_config.json"]))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"generation_config.json cannot be used: {error}.") from error
 
 
 def _description(folder: Path, function: str) -> tuple[dict[str, Any], Skeleton]:
@@ -170,8 +180,12 @@ def restore(module: nn.Module, structure: Structure, plan: PruningPlan, weights:
         surgery.remove(module, structure, plan)
     tensors = read_tensors(weights)
     expected: dict[str, Any] = module.state_dict()
+    for name, owner in ties.items():
+        same = isinstance(owner, str) and name in expected and owner in tensors and name not in tensors
+        if not same or expected[name].shape != tensors[owner].shape:
+            raise InputError(f"{weights}: '{name}' cannot be the same parameter as '{owner}'.")
     for name, tensor in expected.items():
-        if ties.get(name) in tensors:
+        if name in ties:
             continue
         if name not in tensors:
             raise InputError(f"{weights} has no tensor '{name}', which the model needs.")

@@ -44,6 +44,22 @@ def observe(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, list[
     return calls
 
 
+def row_axes(module: nn.Module, example: Mapping[str, Tensor], calls: Mapping[str, list[Call]]) -> dict[str, int]:
+    """The axis that counts rows in the input of every layer that made ``calls`` for one row: the one that grows when
+    there are two. Layers in which none does are left out, and so are all of a model that does not take two."""
+    try:
+        two = observe(module, {name: torch.cat([tensor, tensor]) for name, tensor in example.items()})
+    except Exception:  # a user's own module may be written for one row
+        return {}
+    axes = {}
+    for name in calls.keys() & two.keys():
+        pairs = zip(calls[name][0][0], two[name][0][0], strict=False)
+        grown = [axis for axis, (one, other) in enumerate(pairs) if one != other]
+        if grown:
+            axes[name] = grown[0]
+    return axes
+
+
 def layer_macs(layer: Any, calls: Iterable[Call]) -> int:
     """Multiply-accumulates of one layer over its calls; biases, norms and activations are not counted."""
     total = 0

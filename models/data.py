@@ -1,31 +1,35 @@
-"""Labelled rows: read, cleaned of duplicates, split, tokenised, batched.
+"""Rows: what a model is calibrated, trained and judged on; split, batched, saved.
 
-Every choice is a function of the texts and the seed, so that the same rows give the same splits on any machine.
+Every choice is a function of the rows' content and the seed, so that the same rows give the same splits on any machine.
+Where rows come from is told in ``sources/``, how they become a model's inputs in ``encode.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InputError, UnavailableError, UsageError
+from ..errors import InputError
 
 Ints = NDArray[np.int64]
+Array = NDArray[Any]
+Labels = Array | tuple[Array, ...] | None
 
 MIN_ROWS = 20
 EVALUATION, CALIBRATION = 0.4, 0.15
 MOST_EVALUATION, MOST_CALIBRATION = 3000, 512
+SPLITS = ("train", "calibration", "evaluation")
+NO_LABEL = -100
+"""The label of a token that is not judged."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +37,73 @@ class Batch:
     rows: Ints
     """Positions in the split, shape [batch]."""
     inputs: dict[str, Tensor]
-    """``input_ids`` and ``attention_mask``, int64, shape [batch, sequence]."""
-    labels: Tensor
-    """int64, shape [batch]."""
+    """The model's inputs by name, the first axis [batch]."""
+    labels: Tensor | None
+    """[batch] of int64 (classes) or float32 (numbers), or [batch, tokens] of int64 with ``NO_LABEL`` for none."""
+
+
+@dataclass(frozen=True)
+class Lazy(Sequence[Array]):
+    """Arrays that are made when they are asked for: decoded images, log-mel frames."""
+
+    items: Sequence[Any]
+    make: Callable[[Any], Array]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.make(self.items[position])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split: token ids of each row (with the special tokens) and its label's index."""
+    """One split."""
 
-    token_ids: tuple[Ints, ...]
-    labels: Ints
-    pad_id: int
+    inputs: Mapping[str, Sequence[Array]]
+    """Each row's array by the name of the model's input; of one name they differ in the length of the first axis."""
+    labels: Labels
+    """[n] of int64 (classes) or of float32 (numbers), or for every row one int64 a token, or None."""
+    keys: tuple[bytes, ...]
+    """A digest of each row's content: equal rows have equal keys."""
+    pads: Mapping[str, float] = field(default_factory=dict)
+    """What an input is padded with; 0 where it is not named."""
+    texts: tuple[str, ...] = ()
+    """The text that a generating model should produce, row by row."""
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.keys)
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """Tokens of each row; 0 where rows are not made of tokens."""
+        ids = self.inputs.get("input_ids", self.inputs.get("decoder_input_ids"))
+        return np.array([0 if ids is None else len(ids[row]) for row in range(len(self))], dtype=np.int64)
+
+    @property
+    def classes(self) -> Ints | None:
+        """The labels where each row has one class, else None."""
+        whole = isinstance(self.labels, np.ndarray) and np.issubdtype(self.labels.dtype, np.integer)
+        return self.labels if whole else None  # type: ignore[return-value] # whole says that it is an array
+
+    def pick(self, positions: Sequence[int] | Ints) -> Rows:
+        """The rows at ``positions``, in that order."""
+        at = np.asarray(positions, dtype=np.int64)
+        return replace(
+            self,
+            inputs={name: _picked(values, at) for name, values in self.inputs.items()},
+            labels=self.labels[at] if isinstance(self.labels, np.ndarray) else self.labels and _picked(self.labels, at),
+            keys=tuple(self.keys[i] for i in at),
+            texts=tuple(self.texts[i] for i in at) if self.texts else (),
+        )
 
     def take(self, count: int, seed: int = 0) -> Rows:
-        """``count`` rows, each label in its share; all rows where there are no more."""
+        """``count`` rows, each class in its share; all rows where there are no more."""
         if count >= len(self):
             return self
         order = np.random.default_rng(seed).permutation(len(self))
-        chosen = sorted(order[stratified(self.labels[order])[:count]])
-        return Rows(tuple(self.token_ids[i] for i in chosen), self.labels[chosen], self.pad_id)
+        chosen = order if self.classes is None else order[stratified(self.classes[order])]
+        return self.pick(sorted(chosen[:count]))
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
         """All rows once, rows of similar length together, padded to the longest of each batch.
@@ -63,37 +111,59 @@ class Rows:
         With ``seed`` the rows of equal length and the order of the batches are shuffled; without, the order is fixed.
         """
         if not len(self):
-            raise InputError("This needs labelled rows: give a CSV, TSV or JSONL file with --data.")
-        lengths = np.array([len(ids) for ids in self.token_ids])
+            raise InputError("This needs rows: give a data file or folder with --data.")
         if seed is None:
-            order = np.argsort(lengths, kind="stable")
+            order = np.argsort(self.lengths, kind="stable")
             starts = np.arange(0, len(self), size)
         else:
             random = np.random.default_rng(seed)
-            order = np.lexsort((random.random(len(self)), lengths))
+            order = np.lexsort((random.random(len(self)), self.lengths))
             starts = random.permutation(np.arange(0, len(self), size))
         for start in starts:
             rows = order[start : start + size]
-            yield Batch(rows, self.padded(rows), torch.from_numpy(self.labels[rows]))
+            yield Batch(rows, self.padded(rows), self.padded_labels(rows))
 
     def padded(self, rows: Ints) -> dict[str, Tensor]:
-        """The inputs of the given rows as tensors of shape [len(rows), longest of them]."""
-        longest = max(len(self.token_ids[row]) for row in rows)
-        ids = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
-        mask = np.zeros((len(rows), longest), dtype=np.int64)
-        for position, row in enumerate(rows):
-            tokens = self.token_ids[row]
-            ids[position, : len(tokens)] = tokens
-            mask[position, : len(tokens)] = 1
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        """The inputs of the given rows, each padded to its longest; ``attention_mask`` says where ``input_ids`` are."""
+        inputs: dict[str, Tensor] = {}
+        for name, values in self.inputs.items():
+            arrays = [values[row] for row in rows]
+            inputs[name] = torch.from_numpy(padded(arrays, self.pads.get(name, 0)))
+            if name == "input_ids":
+                mask = padded([np.ones(len(array), dtype=np.int64) for array in arrays], 0)
+                inputs["attention_mask"] = torch.from_numpy(mask)
+        return inputs
+
+    def padded_labels(self, rows: Ints) -> Tensor | None:
+        if self.labels is None:
+            return None
+        if isinstance(self.labels, np.ndarray):
+            return torch.from_numpy(self.labels[rows])
+        return torch.from_numpy(padded([self.labels[row] for row in rows], NO_LABEL))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over tokens and labels."""
-        digest = hashlib.sha256(self.labels.tobytes())
-        for ids in self.token_ids:
-            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+        """sha256 over content and labels."""
+        digest = hashlib.sha256(b"".join(self.keys))
+        for labels in (self.labels,) if isinstance(self.labels, np.ndarray) else self.labels or ():
+            digest.update(labels.tobytes())
+        digest.update("\n".join(self.texts).encode())
         return digest.hexdigest()
+
+
+def padded(arrays: Sequence[Array], value: float) -> Array:
+    """``arrays``, which differ in their first axis, as one array [len(arrays), longest, …] filled up with ``value``."""
+    longest = max(len(array) for array in arrays)
+    whole = np.full((len(arrays), longest, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
+    for row, array in enumerate(arrays):
+        whole[row, : len(array)] = array
+    return whole
+
+
+def _picked(values: Any, at: Ints) -> Any:
+    if isinstance(values, Lazy):
+        return replace(values, items=_picked(values.items, at))
+    return values[at] if isinstance(values, np.ndarray) else tuple(values[i] for i in at)
 
 
 @dataclass(frozen=True)
@@ -106,157 +176,65 @@ class Data:
     metric: str = "accuracy"
 
     @classmethod
-    def empty(cls) -> Data:
+    def empty(cls, metric: str = "accuracy") -> Data:
         """No rows at all: enough to inspect a model, and to score and prune it by its weights."""
-        nothing = Rows((), np.array([], dtype=np.int64), 0)
-        return cls(nothing, nothing, nothing)
+        nothing = Rows({}, None, ())
+        return cls(nothing, nothing, nothing, metric)
 
     def check_disjoint(self) -> None:
         """Raise InputError where a row is in two splits."""
         seen: dict[bytes, str] = {}
-        for name in ("evaluation", "calibration", "train"):
-            for ids in getattr(self, name).token_ids:
-                other = seen.setdefault(ids.tobytes(), name)
+        for name in reversed(SPLITS):
+            for key in getattr(self, name).keys:
+                other = seen.setdefault(key, name)
                 if other != name:
                     raise InputError(f"A row of the {other} split is also in the {name} split.")
 
 
-def load(
-    path: str,
-    tokenizer_folder: Path,
-    label_names: Sequence[str],
-    *,
-    columns: Mapping[str, str] | None = None,
-    seed: int = 0,
-    max_length: int = 128,
-) -> Data:
-    """The rows of a CSV, TSV or JSONL file, split and tokenised with the tokenizer in ``tokenizer_folder``."""
-    texts, words = read_table(Path(path), columns or {})
-    labels = label_indices(words, label_names, path)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    rows = tokenise(texts, labels, tokenizer, max_length)
-    keep = first_of_each(rows)
-    order = keep[hashed_order([texts[i] for i in keep], seed)]
-    order = order[stratified(labels[order])]
-    if len(order) < MIN_ROWS:
-        raise InputError(f"{path} has {len(order)} distinct rows; at least {MIN_ROWS} are needed.")
+def split(rows: Rows, names: Sequence[bytes], metric: str, *, held_out: NDArray[np.bool_] | None, seed: int) -> Data:
+    """Rows without repetitions, in three splits, each class in its share.
+
+    ``names`` are what a row was before it was encoded: their hashes order the rows, so that the order does not depend
+    on where a row stood in its file. ``held_out`` marks the rows that the data itself keeps for evaluation. Raises
+    InputError where fewer than ``MIN_ROWS`` are left.
+    """
+    keep = first_of_each(rows.keys)
+    if len(keep) < MIN_ROWS:
+        raise InputError(f"There are {len(keep)} distinct rows; at least {MIN_ROWS} are needed.")
+    order = keep[hashed_order([names[i] for i in keep], seed)]
+    if rows.classes is not None:
+        order = order[stratified(rows.classes[order])]
     evaluation = min(int(len(order) * EVALUATION), MOST_EVALUATION)
-    calibration = min(int(len(order) * CALIBRATION), MOST_CALIBRATION)
-    return Data(
-        train=select(rows, order[evaluation + calibration :]),
-        calibration=select(rows, order[evaluation : evaluation + calibration]),
-        evaluation=select(rows, order[:evaluation]),
-    )
+    if held_out is not None:
+        judged, order = order[held_out[order]][:MOST_EVALUATION], order[~held_out[order]]
+    else:
+        judged, order = order[:evaluation], order[evaluation:]
+    if not len(judged) or not len(order):
+        raise InputError(f"The data's own split has {len(judged)} rows for evaluation and {len(order)} others.")
+    calibration = max(1, min(int(len(order) * CALIBRATION / (1 - EVALUATION)), MOST_CALIBRATION))
+    return Data(rows.pick(order[calibration:]), rows.pick(order[:calibration]), rows.pick(judged), metric)
 
 
-def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Texts and labels of a CSV, TSV or JSONL file, as strings.
-
-    ``columns`` maps ``text`` and ``label`` to the file's own column names. Raises InputError, naming the file and what
-    is wrong in it, for anything that cannot be used.
-    """
-    frame = _frame(path)
-    picked: dict[str, list[str]] = {}
-    for field in ("text", "label"):
-        column = columns.get(field, field)
-        if column not in frame.columns:
-            raise InputError(
-                f"{path} has no column '{column}' (it has: {', '.join(map(str, frame.columns))}); "
-                f"map it with --columns text=…,label=…."
-            )
-        values = ["" if pd.isna(value) else str(value).strip() for value in frame[column]]
-        empty = [position for position, value in enumerate(values) if not value]
-        if empty:
-            raise InputError(f"{path}: {len(empty)} rows have nothing in '{column}', the first is row {empty[0] + 1}.")
-        picked[field] = values
-    if not picked["text"]:
-        raise InputError(f"{path} has no rows.")
-    return picked["text"], picked["label"]
-
-
-def _frame(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise InputError(f"There is no data file '{path}'.")
-    readers: dict[str, Any] = {
-        ".csv": lambda: pd.read_csv(path, dtype=str, keep_default_na=False),
-        ".tsv": lambda: pd.read_csv(path, dtype=str, keep_default_na=False, sep="\t"),
-        ".jsonl": lambda: pd.read_json(path, lines=True, dtype=False),
-    }
-    if path.suffix.lower() not in readers:
-        if path.suffix.lower() in {".npz"} or path.is_dir():
-            raise UnavailableError(f"{path}: only CSV, TSV and JSONL files can be read in this version.")
-        raise UsageError(f"{path} is not a .csv, .tsv or .jsonl file.")
-    try:
-        frame: pd.DataFrame = readers[path.suffix.lower()]()
-    except pd.errors.EmptyDataError as error:
-        raise InputError(f"{path} is empty.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start} cannot be decoded); convert it first."
-        ) from error
-    except (pd.errors.ParserError, ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
-    if frame.empty and not len(frame.columns):
-        raise InputError(f"{path} is empty.")
-    return frame
-
-
-def label_indices(words: Sequence[str], names: Sequence[str], origin: str) -> Ints:
-    """Label words as indices of the model's ``names``: by name, or as the integers 0 … n-1, or 1 … n where all n occur.
-
-    Raises InputError where a word fits neither, or where all rows have one label.
-    """
-    counts = Counter(words)
-    if len(counts) < 2:
-        raise InputError(
-            f"{origin}: all {len(words)} rows have the label '{words[0]}'; at least two labels are needed."
-        )
-    by_name = {name.lower(): index for index, name in enumerate(names)}
-    by_number = {str(index): index for index in range(len(names))}
-    from_one = {str(index + 1): index for index in range(len(names))}
-    for known in (by_name, by_number, from_one):
-        if set(map(str.lower, counts)) <= set(known) and (known is not from_one or len(counts) == len(names)):
-            return np.array([known[word.lower()] for word in words], dtype=np.int64)
-    strange = next((word for word in counts if word.lower() not in by_name and word not in by_number), "")
-    raise InputError(
-        f"{origin}: the label '{strange}' ({counts[strange]} rows) is not one of the model's {len(names)} labels: "
-        f"{', '.join(names)}, or 0 to {len(names) - 1}."
-    )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer in ``folder``; nothing is downloaded and no code from the folder is run."""
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise InputError(f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
-def tokenise(texts: Sequence[str], labels: Ints, tokenizer: Any, max_length: int) -> Rows:
-    """Rows of at most ``max_length`` tokens; longer texts lose their end."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)
-    ids = tuple(np.array(tokens, dtype=np.int64) for tokens in encoded["input_ids"])
-    return Rows(ids, labels, int(tokenizer.pad_token_id or 0))
-
-
-def select(rows: Rows, positions: Ints) -> Rows:
-    return Rows(tuple(rows.token_ids[i] for i in positions), rows.labels[positions], rows.pad_id)
-
-
-def first_of_each(rows: Rows) -> Ints:
-    """Positions of the first row of each distinct token sequence: what the model cannot tell apart is one row."""
+def first_of_each(keys: Sequence[bytes]) -> Ints:
+    """Positions of the first row of each distinct key: what the model cannot tell apart is one row."""
     first: dict[bytes, int] = {}
-    for position, ids in enumerate(rows.token_ids):
-        first.setdefault(ids.tobytes(), position)
+    for position, key in enumerate(keys):
+        first.setdefault(key, position)
     return np.array(sorted(first.values()), dtype=np.int64)
 
 
-def hashed_order(texts: Sequence[str], seed: int) -> Ints:
-    """An order that depends on the texts and the seed alone, not on where they stood in their file."""
-    keys = [hashlib.sha256(f"{seed}\n{text}".encode()).digest() for text in texts]
-    return np.array(sorted(range(len(texts)), key=keys.__getitem__), dtype=np.int64)
+def key_of(*arrays: Array) -> bytes:
+    """The digest of a row's arrays."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.digest()
+
+
+def hashed_order(names: Sequence[bytes], seed: int) -> Ints:
+    """An order that depends on the rows' names and the seed alone."""
+    keys = [hashlib.sha256(f"{seed}\n".encode() + name).digest() for name in names]
+    return np.array(sorted(range(len(names)), key=keys.__getitem__), dtype=np.int64)
 
 
 def stratified(labels: Ints) -> Ints:
@@ -266,3 +244,57 @@ def stratified(labels: Ints) -> Ints:
         of_label = np.flatnonzero(labels == label)
         place[of_label] = (np.arange(len(of_label)) + 0.5) / len(of_label)
     return np.argsort(place, kind="stable")
+
+
+# ---- on disk
+
+
+def save(data: Data, path: Path) -> None:
+    """Write all rows to an ``.npz`` file; rows of another length side by side, with their lengths."""
+    arrays: dict[str, Array] = {"metric": np.array(data.metric)}
+    for name in SPLITS:
+        rows: Rows = getattr(data, name)
+        arrays[f"{name}/keys"] = np.frombuffer(b"".join(rows.keys), dtype=np.uint8)
+        arrays[f"{name}/texts"] = np.array(rows.texts, dtype=np.str_)
+        columns = {f"inputs/{key}": list(values) for key, values in rows.inputs.items()}
+        if isinstance(rows.labels, np.ndarray):
+            arrays[f"{name}/classes"] = rows.labels
+        elif rows.labels is not None:
+            columns["labels"] = list(rows.labels)
+        for key, values in columns.items():
+            if values:
+                arrays[f"{name}/{key}"] = np.concatenate(values)
+                arrays[f"{name}/{key}/lengths"] = np.array([len(value) for value in values])
+        for key, pad in rows.pads.items():
+            arrays[f"{name}/pads/{key}"] = np.array(pad)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def read(path: Path) -> Data:
+    """The rows that :func:`save` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        found = dict(arrays)
+    train, calibration, evaluation = (_read(found, f"{name}/") for name in SPLITS)
+    return Data(train, calibration, evaluation, str(found["metric"]))
+
+
+def _read(found: Mapping[str, Array], split: str) -> Rows:
+    def apart(name: str) -> tuple[Array, ...]:
+        ends = np.cumsum(found[f"{name}/lengths"])[:-1]
+        return tuple(np.split(found[name], ends))
+
+    def below(part: str) -> dict[str, str]:
+        names = [name for name in found if name.startswith(split + part) and not name.endswith("/lengths")]
+        return {name.removeprefix(split + part): name for name in names}
+
+    digests = found[split + "keys"].tobytes()
+    labels: Labels = found.get(split + "classes")
+    if split + "labels" in found:
+        labels = apart(split + "labels")
+    return Rows(
+        inputs={key: apart(name) for key, name in below("inputs/").items()},
+        labels=labels,
+        keys=tuple(digests[i : i + 32] for i in range(0, len(digests), 32)),
+        pads={key: found[name].item() for key, name in below("pads/").items()},
+        texts=tuple(map(str, found[split + "texts"])),
+    )

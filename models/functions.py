@@ -76,16 +76,16 @@ def _by_name(module: nn.Module, given: Any) -> dict[str, Any]:
     return dict(zip(inspect.signature(module.forward).parameters, values, strict=False))
 
 
-def load(name: str) -> Workload:
-    """The workload of a function's module, without rows."""
-    from . import families, mapping
+def load(name: str, data: str | None = None, *, columns: Mapping[str, str] | None = None, seed: int = 0) -> Workload:
+    """The workload of a function's module, with the rows of ``data``, or with none."""
+    from . import encode, families, mapping
     from .data import Data
     from .skeleton import Skeleton
     from .workload import Workload, check_finite
 
     module, example = module_and_example(name)
     check_finite(module, f"{name}()")
-    return Workload(
+    workload = Workload(
         name=name.rpartition(":")[2],
         module=module,
         structure=mapping.structure(module, families.of_module(module), example),
@@ -96,10 +96,18 @@ def load(name: str) -> Workload:
         source="",
         example=example,
     )
+    return encode.with_rows(workload, data, None, columns=columns, seed=seed) if data else workload
 
 
 def separate_attention(module: nn.Module) -> None:
-    """Replace every self-attention of ``nn.TransformerEncoderLayer`` by one whose projections can be cut apart."""
+    """Replace every self-attention of ``nn.TransformerEncoderLayer`` by one whose projections can be cut apart.
+
+    Raises InputError where a layer's own attention has been replaced by something else.
+    """
     for name, child in list(module.named_modules()):
-        if isinstance(child, nn.TransformerEncoderLayer) and isinstance(child.self_attn, nn.MultiheadAttention):
-            module.get_submodule(name).self_attn = SeparateAttention.of(child.self_attn)
+        if not isinstance(child, nn.TransformerEncoderLayer):
+            continue
+        own: Any = child.self_attn
+        if not isinstance(own, nn.MultiheadAttention) or own.bias_k is not None or own.add_zero_attn:
+            raise InputError(f"The attention of {name} is not the one that nn.TransformerEncoderLayer makes.")
+        child.self_attn = SeparateAttention.of(own)  # type: ignore[assignment] # it answers the same calls

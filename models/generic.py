@@ -17,7 +17,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from .counts import CONVOLUTIONS, RECURRENT, Call, layer_macs, observe
+from .counts import CONVOLUTIONS, RECURRENT, Call, layer_macs, observe, row_axes
 from .layers import drop, matrix, window
 from .structure import Cut, Site, Structure
 
@@ -35,6 +35,7 @@ def structure(module: nn.Module, example: Mapping[str, Tensor], before: Structur
     ``before`` pruning needs no second trial.
     """
     calls = observe(module, example)
+    axes = row_axes(module, example, calls)
     total = sum(layer_macs(module.get_submodule(name), made) for name, made in calls.items())
     sites: list[Site] = []
     notes: list[str] = []
@@ -53,7 +54,7 @@ def structure(module: nn.Module, example: Mapping[str, Tensor], before: Structur
             notes.append(f"the {count} channels that {root} makes are left alone: {problem}")
         else:
             params, macs = _costs(module, calls, cuts)
-            sites.append(replace(site, params=params, macs=macs))
+            sites.append(replace(site, params=params, macs=macs, row_axis=axes.get(site.consumer, 0)))
     recurrent = [name for name, child in module.named_modules() if isinstance(child, RECURRENT)]
     notes += [f"{name} is recurrent: its state is left alone" for name in recurrent]
     return Structure("generic", (), tuple(sites), 0, total, tuple(notes))
@@ -61,16 +62,18 @@ def structure(module: nn.Module, example: Mapping[str, Tensor], before: Structur
 
 def _groups(module: nn.Module, example: Mapping[str, Tensor]) -> list[tuple[str, tuple[Cut, ...], int]]:
     """Every group of coupled layers: the name of its first, its cuts, its number of channels."""
-    names = {child: name for name, child in module.named_modules()}
-    order = {name: place for place, name in enumerate(names.values())}
-    training = {child: child.training for child in module.modules()}
-    try:
-        with torch.enable_grad():
-            graph: Any = tp.DependencyGraph().build_dependency(module, dict(example))
-        groups = list(graph.get_all_groups(root_module_types=MAKERS))
-    finally:
-        for child, mode in training.items():
-            child.training = mode
+    order = {name: place for place, (name, _) in enumerate(module.named_modules())}
+    module = copy.deepcopy(module)
+    for name, child in list(module.named_modules()):
+        if isinstance(child, RECURRENT):
+            module.set_submodule(name, _StandIn(child))
+    owners = {
+        part: name for name, child in module.named_modules() if isinstance(child, _StandIn) for part in child.modules()
+    }
+    names = {child: owners.get(child, name) for name, child in module.named_modules()}
+    with torch.enable_grad():
+        graph: Any = tp.DependencyGraph().build_dependency(module, dict(example))
+    groups = list(graph.get_all_groups(root_module_types=MAKERS))
     found = []
     for group in groups:
         count = len(group[0].idxs)
@@ -84,10 +87,27 @@ def _groups(module: nn.Module, example: Mapping[str, Tensor]) -> list[tuple[str,
             cuts[names[layer], side] = Cut(names[layer], side, width, (int(item.idxs[0]),))
         listed = tuple(sorted(cuts.values(), key=lambda cut: order[cut.layer]))
         makers = [cut.layer for cut in listed if cut.side == "out"]
+        makers = [name for name in makers if not isinstance(module.get_submodule(name), _StandIn)]
         root = next((name for name in makers if isinstance(module.get_submodule(name), MAKERS)), None)
         if root is not None:
             found.append((root, listed, count))
     return sorted(found, key=lambda entry: order[entry[0]])
+
+
+class _StandIn(nn.Module):
+    """A recurrent layer for the tracer: what it reads and makes, without the recurrence, which cannot be followed."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.directions = 2 if layer.bidirectional else 1
+        self.copies, self.batch_first = layer.num_layers * self.directions, layer.batch_first
+        self.cell = isinstance(layer, nn.LSTM)
+        self.makes = nn.Linear(layer.input_size, layer.hidden_size * self.directions)
+        self.holds = nn.Linear(layer.input_size, layer.hidden_size)
+
+    def forward(self, x: Tensor, _: Any = None) -> Any:
+        state = self.holds(x).mean(dim=1 if self.batch_first else 0).expand(self.copies, -1, -1)
+        return self.makes(x), (state, state) if self.cell else state
 
 
 def _costs(module: nn.Module, calls: Mapping[str, list[Call]], cuts: tuple[Cut, ...]) -> tuple[int, int]:
@@ -109,7 +129,7 @@ def _problem(module: nn.Module, site: Site) -> str:
         return "they are the model's answer, or nothing reads them"
     strange = [c.layer for c in site.cuts if not _known(module.get_submodule(c.layer))]
     if strange:
-        return f"{strange[0]} is a {type(module.get_submodule(strange[0])).__name__}"
+        return f"{strange[0]} is a {type(module.get_submodule(strange[0])).__name__} of a kind that is not cut"
     if site.count < 2:
         return "there is only one"
     return ""
@@ -144,5 +164,8 @@ def _failure(module: nn.Module, example: Mapping[str, Tensor], site: Site) -> st
     return "" if same else "removing one is not the same as masking it"
 
 
-def _known(layer: nn.Module) -> bool:
-    return isinstance(layer, (*MAKERS, *NORMS))
+def _known(layer: Any) -> bool:
+    """Whether one unit of the layer is one row, or one column, of its matrix: not so in grouped or transposed ones."""
+    if isinstance(layer, CONVOLUTIONS):
+        return not layer.transposed and layer.groups in {1, layer.in_channels}
+    return isinstance(layer, (nn.Linear, *NORMS))

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from ..errors import InputError
 
-FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.py")
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.py")
 """What is asked for; code is fetched so that it can be seen and refused, and is never run."""
+OLD_WEIGHTS = "*.bin"
+"""Asked for only where there are no others."""
 
 
 def is_id(name: str) -> bool:
@@ -24,7 +26,10 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(FILES)))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*FILES, OLD_WEIGHTS]))
+        return folder
     except (HfHubHTTPError, OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         raise InputError(

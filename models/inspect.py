@@ -1,25 +1,35 @@
-"""Inspect: a model's structure in numbers."""
+"""Inspect: a model's structure in numbers, and what a user's rows say about it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .layers import out_features
+from .statistics import statistics
 from .structure import Stack
-from .workload import Workload
+from .workload import Progress, Workload
 
 
-def inspect(workload: Workload) -> dict[str, Any]:
+def inspect(workload: Workload, *, rows: int = 0, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     """Parameters and multiply-accumulates of the model and of each block, and what can be removed in it.
 
     MACs are those of one row of the shapes in ``example``, counted in the matrix products. ``layers`` lists every site
-    of removable units; ``blocks`` sums them up by block; ``notes`` says what is left alone, and why.
+    of removable units; ``blocks`` sums them up by block; ``notes`` says what is left alone, and why. ``statistics`` are
+    those of so many calibration ``rows`` (see :mod:`.statistics`), or None where the workload has no rows.
     """
     structure = workload.structure
     layers = [
-        {"kind": s.kind, "layer": s.layer, "count": s.count, "params_per_unit": s.params, "macs_per_unit": s.macs}
+        {
+            "kind": s.kind,
+            "layer": s.layer,
+            "count": s.count,
+            "params_per_unit": s.params,
+            "macs_per_unit": s.macs,
+            "reads": s.consumer,
+        }
         for s in structure.sites
     ]
+    rows = min(rows, len(workload.data.calibration))
     blocks = [_block(workload, stack, layer) for stack in structure.stacks for layer in stack.layers]
     return {
         "name": workload.name,
@@ -34,6 +44,7 @@ def inspect(workload: Workload) -> dict[str, Any]:
         "rows": {name: len(getattr(workload.data, name)) for name in ("train", "calibration", "evaluation")},
         "layers": layers,
         "blocks": blocks,
+        "statistics": statistics(workload, rows=rows, seed=seed, progress=progress) if rows else None,
     }
 
 

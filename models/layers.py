@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch_pruning.pruner.function import PrunerBox
 from transformers.pytorch_utils import Conv1D
 
+from .counts import CONVOLUTIONS
+
 
 class GroupedLinear(nn.Linear):
     """A key or value projection whose heads serve unequal numbers of query heads: each is repeated for its own.
@@ -103,6 +105,26 @@ def window(layer: nn.Module) -> int:
     return weight[0, 0].numel() if weight.dim() > 2 else 1
 
 
+def columns(layer: Any, inputs: Tensor) -> Tensor:
+    """What the layer's matrix multiplies at every position: ``inputs`` as [batch, …, columns of the matrix].
+
+    The inputs of a linear layer are that already; those of a convolution [batch, channels, …] become the windows that
+    it moves over them, [batch, positions, channels * window].
+    """
+    if not isinstance(layer, CONVOLUTIONS):
+        return inputs
+    dims = len(layer.kernel_size)
+    spans = [step * (size - 1) + 1 for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+    sides = [((span - 1) // 2, span // 2) if layer.padding == "same" else (0, 0) for span in spans]
+    if not isinstance(layer.padding, str):
+        sides = [(width, width) for width in layer.padding]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    windows = nn.functional.pad(inputs, [width for pair in sides[::-1] for width in pair], mode=mode)
+    for axis in range(dims):
+        windows = windows.unfold(axis + 2, spans[axis], layer.stride[axis])[..., :: layer.dilation[axis]]
+    return windows.movedim(1, dims + 1).flatten(dims + 1).flatten(1, dims)
+
+
 def drop(module: nn.Module, name: str, side: str, features: Sequence[int]) -> None:
     """Drop output (``side`` "out") or input ("in") features of the layer or of the parameter called ``name``.
 
@@ -153,8 +175,6 @@ class SeparateAttention(nn.Module):
     def of(cls, attention: nn.MultiheadAttention) -> SeparateAttention:
         """One with the same weights, the same type and in the same mode."""
         assert attention.in_proj_weight is not None
-        assert attention.bias_k is None
-        assert not attention.add_zero_attn
         bias = attention.in_proj_bias is not None
         new = cls(
             attention.embed_dim,

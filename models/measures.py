@@ -38,6 +38,8 @@ class Metric:
     """1 where more is better, -1 where less is."""
     against_original: bool = False
     """Whether the labels are the original's outputs, and not the data's."""
+    of_texts: bool = False
+    """Whether outputs and labels are texts."""
 
 
 def _share(hits: Any) -> Floats:
@@ -136,13 +138,35 @@ def _numbers(outputs: Any) -> Floats:
     return values
 
 
-def _likelihoods(outputs: Any, labels: Any) -> Floats:
-    """Negative log-likelihood and number of a row's tokens; ``outputs`` [n, tokens, vocabulary], label -100 is none."""
-    labels = np.asarray(labels)
-    real = labels >= 0
-    logs = log_softmax(np.asarray(outputs, dtype=np.float64), axis=-1)
-    chosen = np.take_along_axis(logs, np.where(real, labels, 0)[..., None], axis=-1)[..., 0]
-    return np.stack([-(chosen * real).sum(axis=1), real.sum(axis=1).astype(np.float64)], axis=1)
+def _likelihoods(outputs: Sequence[Any], labels: Any) -> Floats:
+    """Negative log-likelihood and number of a row's tokens; an output is [tokens, 2], the second its likelihood."""
+    return np.array([[-row[:, 1].astype(np.float64).sum(), len(row)] for row in outputs], dtype=np.float64)
+
+
+def _token_hits(outputs: Sequence[Any], labels: Sequence[Any]) -> Floats:
+    """Tokens of a row that were given their label, in points of 100, and how many have one."""
+    return np.array([[100.0 * hits.sum(), len(hits)] for hits in map(_hits, outputs, labels)])
+
+
+def _hits(output: Any, labels: Any) -> NDArray[np.bool_]:
+    result: NDArray[np.bool_] = output[:, 0].astype(np.int64) == labels[labels >= 0]
+    return result
+
+
+def _token_agreement(outputs: Sequence[Any], original: Sequence[Any]) -> Floats:
+    pairs = zip(outputs, original, strict=True)
+    return np.array([[100.0 * (ours[:, 0] == theirs[:, 0]).sum(), len(ours)] for ours, theirs in pairs])
+
+
+def _token_errors(outputs: Sequence[Any], labels: Sequence[Any]) -> Floats:
+    """Each row's true positives, false positives and false negatives of every class, over its tokens."""
+    classes = 1 + int(max(max(row[:, 0].max(), known.max()) for row, known in zip(outputs, labels, strict=True)))
+    rows = []
+    for output, known in zip(outputs, labels, strict=True):
+        guessed, true = np.eye(classes)[output[:, 0].astype(np.int64)], np.eye(classes)[known[known >= 0]]
+        counts = (guessed * true, guessed * (1 - true), (1 - guessed) * true)
+        rows.append(np.concatenate([count.sum(axis=0) for count in counts]))
+    return np.array(rows)
 
 
 def _perplexity(sums: Floats) -> Floats:
@@ -218,9 +242,12 @@ KNOWN = {
         Metric("spearman", _ranked_moments, _correlation),
         Metric("mse", _squares, _mean, better=-1),
         Metric("perplexity", _likelihoods, _perplexity, better=-1),
-        Metric("exact-match", _exact, _mean),
-        Metric("token-f1", _token_f1, _mean),
-        Metric("wer", _word_errors, _mean, better=-1),
+        Metric("token-accuracy", _token_hits, _mean),
+        Metric("token-f1-macro", _token_errors, _f1_macro),
+        Metric("token-agreement", _token_agreement, _mean, against_original=True),
+        Metric("exact-match", _exact, _mean, of_texts=True),
+        Metric("token-f1", _token_f1, _mean, of_texts=True),
+        Metric("wer", _word_errors, _mean, better=-1, of_texts=True),
         Metric("recall@1", partial(_top, k=1), _mean),
         Metric("recall@5", partial(_top, k=5), _mean),
         Metric("recall@10", partial(_top, k=10), _mean),
@@ -229,10 +256,6 @@ KNOWN = {
         Metric("kl", _divergence, _mean, better=-1, against_original=True),
     )
 }
-
-
-OF_CLASSES = ("accuracy", "top5", "f1", "f1-macro", "matthews", "agreement", "cosine", "kl")
-"""What the logits of a classifier can be judged by."""
 
 
 def get(name: str) -> Metric:

@@ -6,15 +6,20 @@ two values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from . import measures
+from ..errors import UnavailableError
+from . import generation, measures, tasks
 from .measures import Floats
+from .tasks import Answers, Task
 
 if TYPE_CHECKING:
     from .data import Rows
@@ -90,57 +95,143 @@ def _interval(statistics: Floats, value: Callable[[Floats], Floats], seed: int) 
     return float(value(counts @ levels)), float(low), float(high)
 
 
+Run = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]
+"""An open artifact, or a module: arrays by input name to the model's answer."""
+
+
 def predict(
-    run: Callable[[dict[str, NDArray[np.int64]]], NDArray[np.float32]],
+    run: Run,
     rows: Rows,
+    task: Task,
     *,
-    batch: int = 16,
+    batch: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> NDArray[np.float32]:
-    """Logits [n, labels] of every row through ``run``, in the order of ``rows``."""
-    logits: NDArray[np.float32] | None = None
+) -> Any:
+    """The answer to every row through ``run``, in the order of ``rows``: an array [n, …], by token a list of arrays.
+
+    ``batch`` is 16 rows by default, and 4 where every token is answered with a whole vocabulary.
+    """
+    answers: Answers = [np.empty(0)] * len(rows)
     done = 0
-    for part in rows.batches(batch):
-        out = run({name: tensor.numpy() for name, tensor in part.inputs.items()})
-        if logits is None:
-            logits = np.empty((len(rows), out.shape[1]), dtype=np.float32)
-        logits[part.rows] = out
+    for part in rows.batches(batch or (4 if task.by_token else 16)):
+        output = torch.from_numpy(run({name: tensor.numpy() for name, tensor in part.inputs.items()}))
+        for row, answer in zip(part.rows, task.answers(output, part), strict=True):
+            answers[row] = answer
         done += len(part.rows)
         if progress:
             progress(done, len(rows), "rows")
-    assert logits is not None
-    return logits
+    return answers if task.by_token else np.stack(answers)
+
+
+def wanted(rows: Rows, metric: str) -> Any:
+    """What the answers to ``rows`` are compared with under ``metric``."""
+    measure = measures.get(metric)
+    if measure.of_texts:
+        return rows.texts
+    return np.arange(len(rows)) if metric.startswith("recall@") else rows.labels
+
+
+def answers(workload: Workload, rows: Rows, *, metric: str, progress: Progress | None = None) -> Any:
+    """What ``workload``'s module answers to ``rows``, as ``metric`` judges it: texts, similarities, or its outputs."""
+    if measures.get(metric).of_texts:
+        return generation.texts(workload, rows, progress=progress)
+    if workload.task is tasks.RETRIEVAL:
+        return _similarities(workload, rows, progress)
+    return predict(_forward(workload), rows, workload.task, progress=progress)
 
 
 def of_session(
-    run: Callable[[dict[str, NDArray[np.int64]]], list[NDArray[np.float32]]],
+    run: Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]],
     workload: Workload,
     *,
+    original: Any = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The quality of an open artifact on ``workload``'s evaluation rows, as plain data."""
-    rows = workload.data.evaluation
-    logits = predict(lambda feeds: run(feeds)[0], rows, progress=progress)
-    return asdict(quality(workload.data.metric, logits, rows.labels, seed=seed))
+) -> Quality:
+    """The quality of an open artifact on ``workload``'s evaluation rows."""
+    judged = session_answers(run, workload, progress=progress)
+    rows, metric = workload.data.evaluation, workload.data.metric
+    return quality(metric, judged, wanted(rows, metric), original=original, seed=seed)
+
+
+def session_answers(
+    run: Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]], workload: Workload, progress: Progress | None = None
+) -> Any:
+    """The answers of an open artifact to the evaluation rows; UnavailableError where they would have to be texts."""
+    if measures.get(workload.data.metric).of_texts:
+        raise UnavailableError(f"{workload.data.metric} needs generated text, which artifacts do not give yet.")
+    return predict(lambda feeds: run(feeds)[0], workload.data.evaluation, workload.task, progress=progress)
+
+
+def for_artifacts(workload: Workload) -> Workload:
+    """``workload``, judged by what an artifact can be judged by: the likelihood of the texts that it should produce."""
+    if not measures.get(workload.data.metric).of_texts:
+        return workload
+    return workload.judged_by("perplexity" if workload.data.evaluation.labels is not None else workload.task.fidelity)
 
 
 def of_modules(
     changed: Workload, original: Workload, *, seed: int = 0, progress: Progress | None = None
 ) -> dict[str, Any]:
     """The quality of a changed module on the evaluation rows, with the drop from the original's, as plain data."""
-    rows = original.data.evaluation
-    after, before = (predict(_forward(item), rows, progress=progress) for item in (changed, original))
-    return asdict(quality(original.data.metric, after, rows.labels, original=before, seed=seed))
+    rows, metric = original.data.evaluation, original.data.metric
+    after, before = (answers(item, rows, metric=metric, progress=progress) for item in (changed, original))
+    return asdict(quality(metric, after, wanted(rows, metric), original=before, seed=seed))
 
 
-def _forward(workload: Workload) -> Callable[[dict[str, NDArray[np.int64]]], NDArray[np.float32]]:
-    import torch
+def of_module(workload: Workload, *, seed: int = 0, progress: Progress | None = None) -> Quality:
+    """The quality of a module on its evaluation rows."""
+    rows, metric = workload.data.evaluation, workload.data.metric
+    found = answers(workload, rows, metric=metric, progress=progress)
+    return quality(metric, found, wanted(rows, metric), seed=seed)
 
-    def run(feeds: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+
+def _forward(workload: Workload) -> Run:
+    def run(feeds: dict[str, NDArray[Any]]) -> NDArray[Any]:
         with torch.no_grad():
-            logits = workload.forward({name: torch.from_numpy(array) for name, array in feeds.items()})
-        result: NDArray[np.float32] = logits.numpy()
+            result: NDArray[Any] = workload.forward(tensors(feeds)).numpy()
         return result
 
     return run
+
+
+def tensors(feeds: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in feeds.items()}
+
+
+def _similarities(workload: Workload, rows: Rows, progress: Progress | None) -> NDArray[np.float32]:
+    """The logits of every image with every text, [n, n], of a pair of towers."""
+    images, texts = [], []
+    order: list[int] = []
+    module: Any = workload.module
+    scale = module.logit_scale.detach().exp()
+    bias = module.logit_bias.detach() if hasattr(module, "logit_bias") else 0.0
+    for part in rows.batches(16):
+        with torch.no_grad():
+            output = module(**part.inputs)
+        images.append(output.image_embeds)
+        texts.append(output.text_embeds)
+        order += part.rows.tolist()
+        if progress:
+            progress(len(order), len(rows), "pairs")
+    logits = (torch.cat(images) @ torch.cat(texts).T * scale + bias).numpy()
+    found = np.empty_like(logits)
+    found[np.ix_(order, order)] = logits
+    return found
+
+
+def save_answers(path: Path, judged: Any) -> None:
+    """Write answers to an ``.npz`` file: an array, or arrays of unequal length side by side."""
+    if isinstance(judged, np.ndarray):
+        np.savez(path, allow_pickle=False, whole=judged)
+    else:
+        parts: dict[str, Any] = {"parts": np.concatenate(judged), "lengths": np.array([len(part) for part in judged])}
+        np.savez(path, allow_pickle=False, **parts)
+
+
+def read_answers(path: Path) -> Any:
+    """What :func:`save_answers` wrote."""
+    with np.load(path, allow_pickle=False) as found:
+        if "whole" in found:
+            return found["whole"]
+        return np.split(found["parts"], np.cumsum(found["lengths"])[:-1])

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 
 from ..errors import InputError, UnavailableError
 from ..plan import read_json
-from . import data as rows
-from . import families, hub, mapping
+from . import encode, families, hub, mapping
+from .data import Data
 from .examples import example as make_example
 from .examples import longest
 from .skeleton import Skeleton, model_class
-from .workload import TOKENIZER_FILES, Workload, check_finite
+from .workload import MODEL_FILES, Workload, check_finite
 
 ADAPTER = "adapter_config.json"
 MAX_LENGTH = 128
@@ -55,13 +55,12 @@ def load(
     max_length = max_length or min(MAX_LENGTH, most)
     skeleton = Skeleton(architecture, module.config.to_dict(), _labels(module.config, architecture))
     example = make_example(module, family.inputs, max_length)
-    split = rows.Data.empty()
+    split = Data.empty()
     if data:
-        if not skeleton.labels or "input_ids" not in example:
-            raise UnavailableError(f"{folder} holds a {architecture}; rows are for text classifiers in this version.")
-        split = rows.load(data, folder, skeleton.labels, columns=columns, seed=seed, max_length=max_length)
+        reader = encode.Reader(folder, skeleton, example, max_length)
+        split, example = encode.fitted(encode.load(data, reader, columns=columns, seed=seed), module, example)
     structure = mapping.structure(module, family, example)
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in MODEL_FILES if (folder / name).is_file()}
     return Workload(
         name=name,
         module=module,

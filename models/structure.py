@@ -66,6 +66,8 @@ class Site:
     output of ``block``."""
     scaled_by: str = ""
     """The parameter that multiplies the contribution before it is added, where there is one."""
+    row_axis: int = 0
+    """The axis of the gated layers' inputs that counts the rows of a batch; 1 where the sequence comes first."""
     params: int = 0
     """Parameters that one unit takes with it."""
     macs: int = 0

@@ -58,8 +58,8 @@ def remove(module: nn.Module, structure: Structure, plan: PruningPlan) -> None:
 def gated(module: nn.Module, structure: Structure, gates: Tensor) -> Iterator[None]:
     """Within the context every unit's contribution is multiplied by its gate.
 
-    ``gates`` has shape [num_units], or [batch, num_units] for a gate of each row's own. A block at gate g returns
-    x + g * (block(x) - x).
+    ``gates`` has shape [num_units], or [batch, num_units] for a gate of each row's own, and may be of a finer type than
+    the module. A block at gate g returns x + g * (block(x) - x).
     """
     handles = []
     for site, place in structure.slices():
@@ -67,11 +67,11 @@ def gated(module: nn.Module, structure: Structure, gates: Tensor) -> Iterator[No
         if not gates.requires_grad and bool((part == 1).all()):
             continue
         if site.kind == "block":
-            handles.append(module.get_submodule(site.block).register_forward_hook(_block_hook(part)))
+            handles.append(module.get_submodule(site.block).register_forward_hook(_block_hook(part, site.row_axis)))
         for cut in site.gates:
             layer = module.get_submodule(cut.layer)
             multiplier = site.multiplier(part, cut, in_features(layer))
-            handles.append(layer.register_forward_pre_hook(_unit_hook(multiplier)))
+            handles.append(layer.register_forward_pre_hook(_unit_hook(multiplier, site.row_axis)))
     try:
         yield
     finally:
@@ -93,32 +93,36 @@ def masked(module: nn.Module, structure: Structure, plan: PruningPlan) -> Iterat
         yield
 
 
-def _unit_hook(multiplier: Tensor) -> Any:
+def _unit_hook(multiplier: Tensor, row_axis: int) -> Any:
     def multiply(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if isinstance(layer, CONVOLUTIONS):  # channels come before the positions
             gate = multiplier.reshape(*multiplier.shape, *[1] * (args[0].dim() - 2))
-            return (args[0] * gate, *args[1:])
-        return (args[0] * _by_row(multiplier, args[0]), *args[1:])
+        else:
+            gate = _by_row(multiplier, args[0], row_axis)
+        return ((args[0] * gate).to(args[0].dtype), *args[1:])
 
     return multiply
 
 
-def _block_hook(gate: Tensor) -> Any:
+def _block_hook(gate: Tensor, row_axis: int) -> Any:
     def interpolate(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         made = output[0] if isinstance(output, tuple) else output
-        mixed = args[0] + _by_row(gate, made) * (made - args[0])
+        mixed = (args[0] + _by_row(gate, made, row_axis) * (made - args[0])).to(made.dtype)
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
     return interpolate
 
 
-def _by_row(gate: Tensor, values: Tensor) -> Tensor:
+def _by_row(gate: Tensor, values: Tensor, row_axis: int) -> Tensor:
     """``gate`` [features] or [batch, features], shaped to multiply ``values`` [batch, …, features].
 
-    Where a row comes as several (the windows of an image), each has its row's gate.
+    ``row_axis`` says which axis of ``values`` the batch is. Where a row comes as several (the windows of an image),
+    each has its row's gate.
     """
     if gate.dim() == 1:
         return gate
-    if values.shape[0] != gate.shape[0]:
-        gate = gate.repeat_interleave(values.shape[0] // gate.shape[0], dim=0)
-    return gate.reshape(gate.shape[0], *[1] * (values.dim() - 2), gate.shape[1])
+    if values.shape[row_axis] != gate.shape[0]:
+        gate = gate.repeat_interleave(values.shape[row_axis] // gate.shape[0], dim=0)
+    shape = [1] * values.dim()
+    shape[row_axis], shape[-1] = gate.shape
+    return gate.reshape(shape)

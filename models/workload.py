@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnavailableError, UsageError
 from ..plan import PruningPlan
-from . import measures
-from .data import Data
+from . import measures, tasks
+from .data import Batch, Data
 from .skeleton import Skeleton
 from .structure import Structure
+from .tasks import Task
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, note)`` by everything that takes long."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+MODEL_FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", "generation_config.json")
+"""What travels with a model besides its weights and configuration."""
 MAX_BATCH = 32
 
 
@@ -66,14 +69,35 @@ class Workload:
         model, [images, texts] of a pair of towers, the last hidden state of a bare encoder."""
         return answer(self.module(**inputs))
 
+    @property
+    def task(self) -> Task:
+        """What the answers are; a function's module is told by its rows."""
+        if self.skeleton.is_function:
+            return tasks.of_labels(self.data.evaluation.labels)
+        return tasks.of(self.skeleton.architecture, self.skeleton.config, len(self.skeleton.labels))
+
+    def losses(self, batch: Batch, *, seed: int = 0) -> Tensor:
+        """The loss of each row of ``batch``, [batch], differentiable; see :func:`.tasks.losses`.
+
+        ``seed`` draws the answers of rows without labels.
+        """
+        return tasks.losses(self.task, self.forward(batch.inputs), batch, torch.Generator().manual_seed(seed))
+
     def with_module(self, module: nn.Module, structure: Structure, plan: PruningPlan) -> Workload:
         return replace(self, module=module.eval(), structure=structure, plan=plan)
 
     @property
     def input_axes(self) -> dict[str, dict[int, Axis]]:
-        """The dynamic axes of each input, with their ranges."""
-        axes = {0: Axis("batch", 1, MAX_BATCH), 1: Axis("sequence", 1, self.max_length)}
-        return {"input_ids": axes, "attention_mask": axes}
+        """The dynamic axes of each input, with their ranges: rows, and tokens where the model takes any number."""
+        batch = Axis("batch", 1, MAX_BATCH)
+        axes = {name: {0: batch} for name in self.example}
+        if not self.skeleton.is_function:
+            for name, of_input in axes.items():
+                if name in {"input_ids", "attention_mask", "token_type_ids"}:
+                    of_input[1] = Axis("sequence", 1, self.max_length)
+                elif name == "decoder_input_ids":
+                    of_input[1] = Axis("decoder_sequence", 1, self.max_length)
+        return axes
 
     @property
     def params(self) -> int:
@@ -85,13 +109,16 @@ class Workload:
         return self.structure.macs
 
     def judged_by(self, metric: str | None) -> Workload:
-        """The same with another metric; UsageError where it is not one for a classifier's logits."""
+        """The same with another metric; UsageError where it does not judge this model's answers."""
         if metric is None:
             return self
-        measures.get(metric)
-        if metric in measures.KNOWN and metric not in measures.OF_CLASSES:
-            known = ", ".join(measures.OF_CLASSES)
-            raise UsageError(f"'{metric}' does not judge a classifier's answers (these do: {known}).")
+        measure = measures.get(metric)
+        if metric in measures.KNOWN and metric not in self.task.metrics:
+            known = ", ".join(self.task.metrics)
+            raise UsageError(f"'{metric}' does not judge the answers of {self.task.name} (these do: {known}).")
+        rows = self.data.evaluation
+        if len(rows) and rows.labels is None and not rows.texts and not measure.against_original:
+            raise UsageError(f"The rows have no labels for '{metric}'; they can be judged by {self.task.fidelity}.")
         return replace(self, data=replace(self.data, metric=metric))
 
     def fingerprint(self) -> str:
@@ -99,7 +126,7 @@ class Workload:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         for rows in (self.data.train, self.data.calibration, self.data.evaluation):
             digest.update(rows.fingerprint.encode())
         return digest.hexdigest()
@@ -132,9 +159,9 @@ def load(
 
     ``model`` is ``zoo:NAME``, the folder or hub id of a Hugging Face model, an edgepress checkpoint, a function as
     ``package.module:function``, or ``package.module:function@FOLDER`` for a checkpoint of its module. ``data`` is a
-    CSV, TSV or JSONL file, or ``zoo:NAME`` for that entry's rows; a zoo model, or a checkpoint made from one, brings
-    its own. ``columns`` maps ``text`` and ``label`` to the file's column names. Texts are cut at ``max_length`` tokens,
-    128 where nothing is said. Raises any kind of EdgepressError.
+    file or a folder that one of ``sources`` reads, a function that returns rows, or ``zoo:NAME`` for that entry's rows;
+    a zoo model, or a checkpoint made from one, brings its own. ``columns`` maps fields to the columns' own names. Texts
+    are cut at ``max_length`` tokens, 128 where nothing is said. Raises any kind of EdgepressError.
     """
     from . import checkpoint, functions, hub, pretrained, zoo
 
@@ -144,9 +171,10 @@ def load(
         return zoo.load(model.removeprefix("zoo:"), seed=seed, progress=progress)
     if functions.named(model):
         function, _, saved = model.partition("@")
-        if data:
-            raise UnavailableError(f"{model}: rows for a function's model are not available yet in this version.")
-        return checkpoint.load(Path(saved), function=function) if saved else functions.load(function)
+        if saved:
+            options = {"columns": columns, "seed": seed, "progress": progress}
+            return checkpoint.load(Path(saved), data, function=function, **options)  # type: ignore[arg-type]
+        return functions.load(function, data, columns=columns, seed=seed)
     folder = Path(model)
     if folder.suffix == ".onnx":
         raise UnavailableError(f"{model} is an ONNX file; only quantize, bench and compare take artifacts.")

@@ -50,7 +50,7 @@ def reconstruct(
     sample = original.data.calibration.take(rows, seed)
     gone = _blocks_gone_since(original, pruned)
     layers = [layer for layer in range(original.structure.num_layers) if layer not in gone]
-    sites = [site for site in result.structure.sites if site.kind not in {"block", "kv"}]
+    sites = [site for site in result.structure.sites if site.block and site.kind not in {"block", "kv"}]
     with torch.no_grad():
         for done, site in enumerate(sites, 1):
             before = original.structure.site(site.kind, layers[site.layer])

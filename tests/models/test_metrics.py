@@ -10,8 +10,10 @@ from typing import Any
 import jiwer
 import numpy as np
 import pytest
+import torch
 from edgepress.errors import InputError, UsageError
-from edgepress.models import measures, metrics
+from edgepress.models import measures, metrics, tasks
+from edgepress.models.data import Batch
 from scipy import stats
 from sklearn import metrics as sklearn
 
@@ -27,8 +29,21 @@ OTHER = LOGITS2.repeat(2, 1)
 WORDS = RANDOM.integers(-1, 7, (20, 9))
 WORDS[WORDS < 0] = -100
 TEXT_LOGITS = RANDOM.normal(size=(20, 9, 7))
+OTHER_LOGITS = TEXT_LOGITS + RANDOM.normal(size=TEXT_LOGITS.shape)
+REAL = WORDS[WORDS >= 0]
+TOKENS = [row[row >= 0] for row in WORDS]
 SAID = ["the cat sat", "a dog", "hello there world", "no", "it works"]
 HEARD = ["cat sat", "the dog barks", "hello world", "yes", "It works!"]
+
+
+def _answers(logits: Any) -> list[Any]:
+    """What is kept of a language model's output, as the task of language modelling keeps it."""
+    return tasks.LANGUAGE.answers(torch.tensor(logits), Batch(np.arange(len(logits)), {}, torch.tensor(WORDS)))
+
+
+def _chosen(logits: Any) -> Any:
+    return logits.argmax(-1)[WORDS >= 0]
+
 
 REFERENCES: dict[str, tuple[Any, Any, Callable[[], float]]] = {
     "accuracy": (LOGITS, LABELS, lambda: 100 * sklearn.accuracy_score(LABELS, GUESSES)),
@@ -39,7 +54,16 @@ REFERENCES: dict[str, tuple[Any, Any, Callable[[], float]]] = {
     "pearson": (X[:, None], Y, lambda: 100 * stats.pearsonr(X, Y).statistic),
     "spearman": (X, Y, lambda: 100 * stats.spearmanr(X, Y).statistic),
     "mse": (X, Y, lambda: sklearn.mean_squared_error(Y, X)),
-    "perplexity": (TEXT_LOGITS, WORDS, lambda: math.exp(_cross_entropy())),
+    "perplexity": (_answers(TEXT_LOGITS), TOKENS, lambda: math.exp(_cross_entropy())),
+    "token-accuracy": (_answers(TEXT_LOGITS), WORDS, lambda: 100 * sklearn.accuracy_score(REAL, _chosen(TEXT_LOGITS))),
+    "token-f1-macro": (
+        _answers(TEXT_LOGITS), TOKENS,
+        lambda: 100 * sklearn.f1_score(REAL, _chosen(TEXT_LOGITS), average="macro"),
+    ),
+    "token-agreement": (
+        _answers(TEXT_LOGITS), _answers(OTHER_LOGITS),
+        lambda: 100 * float(np.mean(_chosen(TEXT_LOGITS) == _chosen(OTHER_LOGITS))),
+    ),
     "exact-match": (HEARD, SAID, lambda: 40.0),
     "token-f1": (HEARD, SAID, lambda: 100 * (1 + 2 / 3 + 0.8 + 0 + 1) / 5),
     "wer": (HEARD, SAID, lambda: 100 * jiwer.wer(SAID, [text.lower().strip("!") for text in HEARD])),
@@ -53,15 +77,11 @@ REFERENCES: dict[str, tuple[Any, Any, Callable[[], float]]] = {
 
 
 def _cross_entropy() -> float:
-    import torch
-
     logits, labels = torch.tensor(TEXT_LOGITS).flatten(0, 1), torch.tensor(WORDS).flatten()
     return float(torch.nn.functional.cross_entropy(logits, labels))
 
 
 def _mean_divergence(ours: Any, theirs: Any) -> float:
-    import torch
-
     logs = [torch.tensor(x).double().log_softmax(-1) for x in (ours, theirs)]
     return float(torch.nn.functional.kl_div(*logs, log_target=True, reduction="batchmean"))
 
@@ -81,7 +101,10 @@ def test_the_interval_agrees_with_a_plain_bootstrap(name: str) -> None:
     plain = []
     for _ in range(3000):
         rows = RANDOM.integers(0, len(labels), len(labels))
-        plain.append(metric.value(metric.count(outputs[rows], labels[rows]).sum(axis=0)))
+        drawn = ([values[row] for row in rows] for values in (outputs, labels))
+        if name != "perplexity":
+            drawn = map(np.array, drawn)
+        plain.append(metric.value(metric.count(*drawn).sum(axis=0)))
     low, high = np.percentile(plain, [2.5, 97.5])
     assert [found.low, found.high] == pytest.approx([low, high], abs=0.15 * (high - low))
 
@@ -132,5 +155,5 @@ def test_a_users_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wor
 def test_unknown_metrics_are_refused(workload: Any) -> None:
     with pytest.raises(UsageError, match="accuracy"):
         measures.get("quality")
-    with pytest.raises(UsageError, match="'wer' does not judge a classifier's answers"):
+    with pytest.raises(UsageError, match="'wer' does not judge the answers of classification"):
         workload.judged_by("wer")

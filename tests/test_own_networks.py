@@ -1,0 +1,138 @@
+"""A user's own network, recurrent or convolutional, with arrays as rows: judged, scored, pruned, exported, measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import edgepress as ep
+import numpy as np
+import pytest
+import torch
+from edgepress.errors import InputError
+from edgepress.models import metrics
+
+NETWORKS = """
+import torch
+from torch import nn
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.recurrent = layer(6, 16, num_layers=2, batch_first=True, bidirectional=True)
+        self.hidden = nn.Linear(32, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x):
+        states, _ = self.recurrent(x)
+        return self.head(torch.relu(self.hidden(states.mean(dim=1))))
+
+
+def lstm():
+    torch.manual_seed(0)
+    return Recurrent(nn.LSTM), torch.zeros(1, 10, 6)
+
+
+def gru():
+    torch.manual_seed(0)
+    return Recurrent(nn.GRU), torch.zeros(1, 10, 6)
+
+
+def cnn():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, 3)), torch.zeros(1, 1, 12, 12)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the networks and rows of both shapes; the class of a row is where its mean lies."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_networks.py").write_text(NETWORKS)
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 300)
+    for name, shape in (("sequences", (10, 6)), ("images", (1, 12, 12))):
+        values = random.normal(size=(300, *shape)) + labels.reshape(-1, *[1] * len(shape)) - 1
+        key = "x" if name == "sequences" else "image"
+        np.savez(folder / f"{name}.npz", allow_pickle=False, **{key: values.astype(np.float32), "label": labels})
+    return folder
+
+
+@pytest.fixture
+def own(place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(place))
+    return lambda name, rows: ep.load(f"own_networks:{name}", str(place / f"{rows}.npz"))
+
+
+@pytest.mark.parametrize(("name", "rows"), [("lstm", "sequences"), ("gru", "sequences"), ("cnn", "images")])
+def test_the_chain(own: Any, name: str, rows: str, tmp_path: Path) -> None:
+    workload = own(name, rows)
+    workload.data.check_disjoint()
+    assert workload.data.metric == "accuracy"
+    assert workload.skeleton.labels == ("0", "1", "2")
+    pruned = ep.prune(workload, ep.score(workload, "fisher", rows=64), ratio=0.5)
+    assert pruned.params < workload.params
+    pruned = ep.recover(pruned, workload, steps=5).workload
+    plan = ep.quantize(pruned, "int8-dynamic")
+    floats, integers = ep.export(pruned, tmp_path / "fp32"), ep.export(pruned, tmp_path / "int8", plan)
+    for artifact, least in ((floats, 0.999999), (integers, 0.99)):
+        assert artifact.manifest.parity is not None
+        assert artifact.manifest.parity.cosine > least
+        assert [shape[0] for shape in artifact.manifest.parity.shapes] == [1, 3, 32]
+    operators = integers.manifest.operators
+    assert operators.get("DynamicQuantizeLSTM", 0) == (2 if name == "lstm" else 0)
+    assert operators.get("GRU", 0) == (2 if name == "gru" else 0)
+    measured = ep.benchmark([floats, integers], target="cpu:1", batch=2, min_queries=30, min_seconds=1)
+    assert [m.sequence for m in measured] == [0, 0]
+    quality = metrics.of_module(workload)
+    assert quality.n == len(workload.data.evaluation) == 120
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros((40, 9, 6)), "label": np.arange(40) % 3}, r"shape \[9, 6\], the model takes \[10, 6\]"),
+        ({"x": np.arange(2400.0).reshape(40, 10, 6), "label": np.arange(40) % 5}, "class 4, and the model tells 3"),
+        ({"y": np.zeros((40, 10, 6)), "label": np.arange(40) % 3}, "no column 'x'"),
+    ],
+)
+def test_rows_that_do_not_fit(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arrays: dict[str, Any], message: str
+) -> None:
+    monkeypatch.syspath_prepend(str(place))
+    np.savez(tmp_path / "rows.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        ep.load("own_networks:lstm", str(tmp_path / "rows.npz"))
+
+
+def test_numbers_and_no_labels(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(place))
+    x = np.random.default_rng(0).normal(size=(60, 10, 6)).astype(np.float32)
+    np.savez(tmp_path / "numbers.npz", x=x, label=x.mean(axis=(1, 2)))
+    np.savez(tmp_path / "none.npz", x=x)
+    assert ep.load("own_networks:lstm", str(tmp_path / "numbers.npz")).data.metric == "spearman"
+    without = ep.load("own_networks:lstm", str(tmp_path / "none.npz"))
+    assert without.data.metric == "cosine"
+    losses = without.losses(next(without.data.calibration.batches(4)))
+    assert torch.isfinite(losses).all()
+    assert losses.requires_grad
+
+
+def test_compress_from_the_command_line(edgepress: Any, place: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "limits: {max_drop: 60}\nlevels: [{channel: 0.5}]\nrecover: {steps: 5}\n"
+        "measure: {min_queries: 100, min_seconds: 1}\n"
+    )
+    model, data = "own_networks:cnn", place / "images.npz"
+    done = edgepress("compress", model, "--data", data, "--recipe", recipe, "-o", tmp_path / "run", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["original"]["quality"]["metric"] == "accuracy"
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert "channel" in (tmp_path / "run" / "summary.json").read_text()
+    compared = edgepress("compare", tmp_path / "run")
+    assert compared.returncode == 0, compared.stderr
