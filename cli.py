@@ -44,6 +44,9 @@ Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else there.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0)]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings; refused otherwise.")
+]
 TargetOption = Annotated[str, typer.Option("--target", help="cpu, or cpu:N for N threads.")]
 
 
@@ -114,14 +117,22 @@ def _print(document: Any) -> None:
 
 
 def _load(
-    stack: ExitStack, model: str, data: str | None, columns: str | None, seed: int, metric: str | None = None
+    stack: ExitStack,
+    model: str,
+    data: str | None,
+    columns: str | None,
+    seed: int,
+    trusted: bool,
+    metric: str | None = None,
 ) -> tuple[Workload, Screen]:
     from . import recipe
     from .models import workload
 
     screen = Screen(stack)
     mapping = recipe.columns(columns) if columns else None
-    loaded = workload.load(model, data, columns=mapping, seed=seed, progress=screen.progress("load"))
+    loaded = workload.load(
+        model, data, columns=mapping, seed=seed, trust_remote_code=trusted, progress=screen.progress("load")
+    )
     return loaded.judged_by(metric), screen
 
 
@@ -140,6 +151,7 @@ def compress(
     ] = None,
     data: Data = None,
     columns: Columns = None,
+    trust_remote_code: Trust = False,
     target: Annotated[str | None, typer.Option("--target", help="cpu, or cpu:N for N threads.")] = None,
     metric: MetricOption = None,
     max_drop: Annotated[str | None, typer.Option("--max-drop", help="Quality that may be lost: 1%.")] = None,
@@ -165,6 +177,8 @@ def compress(
     values |= {name: value for name, value in given.items() if value is not None}
     if columns:
         values["columns"] = recipes.columns(columns)
+    if trust_remote_code:
+        values["trust_remote_code"] = True
     asked = {
         "max_drop": recipes.quantity("drop", max_drop) if max_drop else None,
         "max_latency_ms": recipes.quantity("latency", max_latency) if max_latency else None,
@@ -196,6 +210,7 @@ def inspect(
     model: Model,
     data: Data = None,
     columns: Columns = None,
+    trust_remote_code: Trust = False,
     rows: Annotated[int, typer.Option("--rows", help="Calibration rows for the statistics; 0 for none.", min=0)] = 128,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for inspect.html and inspect.json.")] = None,
     json_: Json = False,
@@ -206,7 +221,7 @@ def inspect(
     from .models.inspect import inspect as look
 
     with ExitStack() as stack:
-        workload, screen = _load(stack, model, data, columns, seed)
+        workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
         found = look(workload, rows=rows, seed=seed, progress=screen.progress("statistics"))
     if out:
         from .benchmarks.inspection import write_inspection
@@ -257,6 +272,7 @@ def score(
     model: Model,
     data: Data = None,
     columns: Columns = None,
+    trust_remote_code: Trust = False,
     method: Annotated[str, typer.Option("--method", help="See 'edgepress methods'.")] = "fisher",
     rows: Annotated[int, typer.Option("--rows", help="Calibration rows.", min=1)] = 256,
     validate: Annotated[int | None, typer.Option("--validate", help="Units to remove in trials.")] = None,
@@ -274,7 +290,7 @@ def score(
     if validate is not None:
         raise UnavailableError("--validate (scores against trial removals) is not available yet in this version.")
     with ExitStack() as stack:
-        workload, screen = _load(stack, model, data, columns, seed)
+        workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
         found = scores.score(workload, method, rows=rows, seed=seed, progress=screen.progress("score"))
     document = scores.to_json(found)
     if out:
@@ -298,6 +314,7 @@ def prune(
     model: Model,
     data: Data = None,
     columns: Columns = None,
+    trust_remote_code: Trust = False,
     method: Annotated[str, typer.Option("--method", help="Score; see 'edgepress methods'.")] = "fisher",
     ratio: Annotated[
         str, typer.Option("--ratio", help="Share of heads and channels that goes, or by kind: ffn=0.5,block=0.25.")
@@ -316,6 +333,8 @@ def prune(
     seed: Seed = 0,
 ) -> None:
     """Remove the least important heads and channels for good, and write a checkpoint."""
+    from dataclasses import asdict
+
     from .compress import score as scores
     from .errors import UnavailableError
 
@@ -334,9 +353,14 @@ def prune(
         from .models import checkpoint, metrics
         from .models.plain import plain_skeleton
 
-        workload, screen = _load(stack, model, data, columns, seed, metric)
+        workload, screen = _load(stack, model, data, columns, seed, trust_remote_code, metric)
         found = scores.score(workload, method, seed=seed, progress=screen.progress("score"))
-        pruned = pruning.prune(workload, found, ratio=shares, uniform=uniform)
+        judged = workload.data.evaluation if len(workload.data.evaluation) else None
+        judge, name = screen.progress("evaluate"), workload.data.metric
+        before = metrics.answers(workload, judged, metric=name, progress=judge) if judged else None
+        params, macs = workload.params, workload.macs
+        alone = recover == "none"  # nothing needs the original's module any more
+        pruned = pruning.prune(workload, found, ratio=shares, uniform=uniform, in_place=alone)
         if uniform:
             plain_skeleton(pruned)  # refused before anything is trained
         if recover != "none":
@@ -344,22 +368,23 @@ def prune(
         if recover == "distill":
             pruned = distill(pruned, workload, steps=steps, seed=seed, progress=screen.progress("distill")).workload
         checkpoint.save(pruned, out, plain=uniform)
-        judge = screen.progress("evaluate")
-        rows = len(workload.data.evaluation)
-        quality = metrics.of_modules(pruned, workload, seed=seed, progress=judge) if rows else None
+        quality = None
+        if judged:
+            after = metrics.answers(pruned, judged, metric=name, progress=judge)
+            quality = asdict(metrics.quality(name, after, metrics.wanted(judged, name), original=before, seed=seed))
     document = {
         "checkpoint": str(out),
         "plan": pruned.plan.to_json(),
-        "params_before": workload.params,
+        "params_before": params,
         "params_after": pruned.params,
-        "macs_before": workload.macs,
+        "macs_before": macs,
         "macs_after": pruned.macs,
         "quality": quality,
     }
     if json_:
         _print(document)
         return
-    print(f"parameters {workload.params:,} → {pruned.params:,}\nMACs       {workload.macs:,} → {pruned.macs:,}")
+    print(f"parameters {params:,} → {pruned.params:,}\nMACs       {macs:,} → {pruned.macs:,}")
     if quality:
         print(f"{quality['metric']}   {quality['value']:.2f} (drop {quality['drop']:.2f})")
     print(f"checkpoint {out}")
@@ -370,6 +395,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help="As for compress.")],
     data: Data = None,
     columns: Columns = None,
+    trust_remote_code: Trust = False,
     scheme: Annotated[str, typer.Option("--scheme", help="int8-dynamic.")] = "int8-dynamic",
     out: Annotated[Path, typer.Option("-o", "--out", help="Artifact folder to write.")] = Path("quantized"),
     json_: Json = False,
@@ -380,7 +406,7 @@ def quantize(
     from .compress import quantize as quantizers
 
     quantizers.get(scheme)
-    _write_artifact(model, data, columns, scheme, out, as_json=json_, seed=seed)
+    _write_artifact(model, data, columns, scheme, out, as_json=json_, seed=seed, trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -388,6 +414,7 @@ def export(
     model: Model,
     data: Data = None,
     columns: Columns = None,
+    trust_remote_code: Trust = False,
     to: Annotated[str, typer.Option("--to", help="onnx.")] = "onnx",
     out: Annotated[Path, typer.Option("-o", "--out", help="Artifact folder to write.")] = Path("exported"),
     json_: Json = False,
@@ -398,11 +425,19 @@ def export(
     from .export import backends
 
     backends.get(to)
-    _write_artifact(model, data, columns, "fp32", out, as_json=json_, seed=seed)
+    _write_artifact(model, data, columns, "fp32", out, as_json=json_, seed=seed, trust_remote_code=trust_remote_code)
 
 
 def _write_artifact(
-    model: str, data: str | None, columns: str | None, scheme: str, out: Path, *, as_json: bool, seed: int
+    model: str,
+    data: str | None,
+    columns: str | None,
+    scheme: str,
+    out: Path,
+    *,
+    as_json: bool,
+    seed: int,
+    trust_remote_code: bool,
 ) -> None:
     from dataclasses import asdict
 
@@ -412,7 +447,7 @@ def _write_artifact(
     from .plan import QuantizationPlan
 
     with ExitStack() as stack:
-        workload, screen = _load(stack, model, data, columns, seed)
+        workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
         step = screen.progress("export")
         step(0, 0, "writing and proving parity")
         plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(workload, scheme)
@@ -483,7 +518,8 @@ def bench(
     per_shape = len(opened)
     for start in range(0, len(rows), per_shape):
         first, *others = rows[start : start + per_shape]
-        print(f"{first['target']}, batch {first['batch']} x sequence {first['sequence']}")
+        tokens = f" x sequence {first['sequence']}" if first["sequence"] else ""
+        print(f"{first['target']}, batch {first['batch']}{tokens}")
         _table(first, others, None)
 
 
@@ -579,3 +615,24 @@ def methods(json_: Json = False, verbose: Verbose = False, seed: Seed = 0) -> No
         _print({"methods": rows})
     else:
         plain_table(["kind", "name", "what", "source"], [[r["kind"], r["name"], r["what"], r["source"]] for r in rows])
+
+
+@app.command()
+def zoo(json_: Json = False, verbose: Verbose = False, seed: Seed = 0) -> None:
+    """The trained models that come by name, with what they are measured to reach; nothing is downloaded."""
+    from .benchmarks.tables import plain_table, quality_text
+    from .models.zoo import listing
+
+    rows = listing()
+    if json_:
+        _print({"zoo": rows})
+        return
+    titles = ["model", "what", "parameters", "download", "quality [95 % interval]", "origin", "licence"]
+    lines = []
+    for row in rows:
+        quality = row["quality"]
+        judged = f"{quality['metric']} {quality_text(quality)}, {quality['n']:,} rows"
+        size = f"{row['download_bytes'] / 1e6:.0f} MB" if row["download_bytes"] else "none"
+        params = f"{row['params'] / 1e6:.1f} M"
+        lines.append([f"zoo:{row['name']}", row["what"], params, size, judged, row["origin"], row["licence"]])
+    plain_table(titles, lines)

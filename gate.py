@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .benchmarks.compare import Speedup
+from .models.measures import told
 from .models.metrics import Quality
 
 
@@ -46,16 +47,12 @@ def gate(before: Standing, after: Standing, constraint: Constraint) -> tuple[boo
     pace = f"{after.speedup.value:.2f}x against {before.name} ({after.speedup.verdict})"
     share = after.size_bytes / before.size_bytes
     if drop > constraint.max_drop:
-        return False, f"loses {drop:.2f} points, {constraint.max_drop:.2f} are allowed ({pace})"
+        return False, f"{told(after.quality.metric, drop)}, {constraint.max_drop:.2f} are allowed ({pace})"
     if after.speedup.verdict == "slower":
         return False, f"is slower: {pace}"
     if after.speedup.verdict != "faster" and share >= 1:
         return False, f"is neither faster nor smaller: {pace}, {share:.0%} of its size"
-    return True, f"{pace}, {share:.0%} of its size, {_moved(drop)}"
-
-
-def _moved(drop: float) -> str:
-    return f"{drop:.2f} points lost" if drop > 0 else f"{-drop:.2f} points gained"
+    return True, f"{pace}, {share:.0%} of its size, {told(after.quality.metric, drop)}"
 
 
 def unmet(constraint: Constraint, p50_ms: float, speedup: float, size_bytes: int) -> list[str]:

@@ -107,6 +107,7 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
             columns=recipe.columns,
             seed=recipe.seed,
             max_length=recipe.max_length,
+            trust_remote_code=recipe.trust_remote_code,
             progress=show.progress("load"),
         ).judged_by(recipe.metric)
         workload = metrics.for_artifacts(workload)
@@ -239,7 +240,8 @@ class _Run:
 
     def _read(self, folder: Path) -> Workload:
         skeleton = self.workload.skeleton
-        return checkpoint.read(folder, self.workload.data, skeleton.architecture if skeleton.is_function else "")
+        function, trusted = skeleton.architecture if skeleton.is_function else "", self.recipe.trust_remote_code
+        return checkpoint.read(folder, self.workload.data, function, trust_remote_code=trusted)
 
     # ---- the gate
 

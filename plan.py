@@ -19,8 +19,9 @@ from .errors import InputError
 class Unit:
     """The smallest thing that can be removed.
 
-    ``kind`` is ``"head"``, ``"ffn"`` or ``"block"``; ``layer`` counts the blocks from 0; ``index`` counts the units of
-    that kind in that layer, and is 0 for a block.
+    ``kind`` is ``"head"``, ``"kv"``, ``"cross_head"``, ``"ffn"``, ``"block"``, ``"channel"`` or ``"hidden"``; ``layer``
+    counts the blocks from 0, and is 0 for hidden channels, which all share; ``index`` counts the units of that kind in
+    that layer, and is 0 for a block.
     """
 
     kind: str
@@ -66,7 +67,7 @@ class PruningPlan:
         layers = [layer for layer in range(num_layers) if layer not in self.blocks]
         renumbered: set[Unit] = set(self.removed)
         for kind, layer in later.sites():
-            original = layers[layer]
+            original = layer if kind == "hidden" else layers[layer]
             gone = frozenset(self.indices(kind, original))
             wanted = later.indices(kind, layer)
             survivors = _nth_survivors(gone, wanted)

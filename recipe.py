@@ -49,6 +49,7 @@ class Level(_Strict):
     ffn: float = Field(default=0.0, ge=0, lt=1)
     block: float = Field(default=0.0, ge=0, lt=1)
     channel: float = Field(default=0.0, ge=0, lt=1)
+    hidden: float = Field(default=0.0, ge=0, lt=1)
 
     def shares(self, kinds: Sequence[str]) -> dict[str, float]:
         """What goes of the kinds that a model has; where heads are grouped, groups take the place of heads."""
@@ -99,6 +100,7 @@ class Recipe(_Strict):
     target: str = "cpu"
     seed: int = 0
     max_length: int = Field(default=128, ge=1)
+    trust_remote_code: bool = False
     limits: Limits = Limits()
     score: Score = Score()
     levels: tuple[Level, ...] = LADDER

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -133,24 +133,25 @@ def training(trace: Sequence[dict[str, float]]) -> str:
     return plane.svg("Loss during recovery")
 
 
-def heat_map(kind: str, counts: Sequence[int], gone: dict[int, set[int]], blocks: set[int], values: Any) -> str:
+def heat_map(kind: str, counts: dict[int, int], gone: dict[int, set[int]], blocks: set[int], values: Any) -> str:
     """One row a layer, one cell a unit (or a bin of units): shade is importance, a cross or a white share is removal.
 
-    ``gone`` maps a layer to its removed indices. Importance is ranked over all layers, since scores span decades.
+    ``counts`` maps a layer to its units, ``gone`` to its removed indices. Importance is ranked over all layers, since
+    scores span decades.
     """
-    cells_a_row = min(48, max(counts))
+    cells_a_row = min(48, max(counts.values()))
     cell, row_height, left = (WIDTH - 90) / cells_a_row, 22, 84
     ranks = _ranks(values) if values else None
     parts = []
-    for layer, count in enumerate(counts):
-        y = layer * (row_height + 4)
+    for place, (layer, count) in enumerate(counts.items()):
+        y = place * (row_height + 4)
         lost = set(range(count)) if layer in blocks else gone.get(layer, set())
         bins = np.array_split(np.arange(count), min(cells_a_row, count))
         note = "block removed" if layer in blocks else f"{count - len(lost)} of {count} kept"
         parts.append(f'<text class="tick" x="0" y="{y + 15}">layer {layer}</text>')
         for position, members in enumerate(bins):
             share = sum(int(index) in lost for index in members) / len(members)
-            shade = float(np.mean([ranks[layer][index] for index in members])) if ranks else 0.5
+            shade = float(np.mean([ranks[place][index] for index in members])) if ranks else 0.5
             x = left + position * cell
             tip = f"layer {layer}, {kind} {members[0]} to {members[-1]}: {share:.0%} removed ({note})"
             box = f'x="{x:.1f}" width="{cell - 1.5:.1f}"'
@@ -173,3 +174,152 @@ def _ranks(values: Sequence[Sequence[float]]) -> list[NDArray[np.float64]]:
     flat = np.concatenate([np.asarray(layer, dtype=np.float64) for layer in values])
     order = flat.argsort().argsort() / max(1, len(flat) - 1)
     return np.split(order, np.cumsum([len(layer) for layer in values])[:-1])
+
+
+# ---- statistics: one row a layer, from the first to the last
+
+ROW = 24
+DECADES = 1e-8
+"""The least share of the largest gradient that is drawn in its place."""
+
+
+class _Rows:
+    """A picture with one row a layer, labelled on the left; what lies from ``left`` to ``right`` is the caller's."""
+
+    def __init__(self, labels: Sequence[str], *, right: int = RIGHT, below: int = 0) -> None:
+        self.left = 16 + 7.4 * max((len(_short(label)) for label in labels), default=0)
+        self.right, self.height = float(WIDTH - right), len(labels) * ROW + below
+        self.parts: list[str] = []
+        for row, label in enumerate(labels):
+            self.text(self.left - 12, row, _short(label), "end", tip=label)
+
+    def text(
+        self, x: float, row: float, text: str, anchor: str = "start", style: str = "tick", *, tip: str = ""
+    ) -> None:
+        title = f"<title>{escape(tip)}</title>" if tip else ""
+        y = row * ROW + ROW / 2 + 4
+        self.parts.append(
+            f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{title}{escape(text)}</text>'
+        )
+
+    def box(self, x: float, row: int, width: float, opacity: float, tip: str) -> None:
+        place = f'x="{x:.1f}" y="{row * ROW + 2}" width="{max(width, 0.5):.1f}" height="{ROW - 4}" rx="2"'
+        self.parts.append(
+            f'<rect class="heat" {place} fill-opacity="{opacity:.2f}"><title>{escape(tip)}</title></rect>'
+        )
+
+    def dot(self, x: float, row: int, style: str, radius: float, tip: str) -> None:
+        place = f'cx="{x:.1f}" cy="{row * ROW + ROW / 2}" r="{radius}"'
+        self.parts.append(f'<circle class="{style}" {place}><title>{escape(tip)}</title></circle>')
+
+    def svg(self, title: str) -> str:
+        return _svg(WIDTH, self.height, title, "".join(self.parts))
+
+
+def _short(text: str, most: int = 34) -> str:
+    return text if len(text) <= most else f"…{text[1 - most :]}"
+
+
+def gradient_flow(layers: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Gradient norms on a logarithmic scale: a row for each block and each matrix outside the blocks.
+
+    ``layers`` are those of the statistics, ``names`` their labels, those of blocks ``STACK NUMBER``: a line joins the
+    blocks of a stack. A large dot is the whole of the row, small dots are the matrices of a block. What is too small
+    for the scale stands on its left edge.
+    """
+    rows: list[list[tuple[str, dict[str, Any]]]] = []
+    for entry, name in zip(layers, names, strict=True):
+        if rows and entry["kind"] == "matrix" and entry["block"] is not None:
+            rows[-1].append((name, entry))
+        else:
+            rows.append([(name, entry)])
+    flags = [_flags(row) for row in rows]
+    plane = _Rows([row[0][0] for row in rows], right=RIGHT + 7 * max(map(len, flags)), below=46)
+    x = _logarithmic(plane, [entry["gradient_norm"] for entry in layers], len(rows), "norm of the gradient")
+    stacks: dict[str, list[str]] = {}
+    for number, row in enumerate(rows):
+        name, whole = row[0]
+        if whole["kind"] == "block":
+            point = f"{x(whole['gradient_norm']):.1f},{number * ROW + ROW / 2}"
+            stacks.setdefault(name.rpartition(" ")[0], []).append(point)
+    plane.parts += [f'<polyline class="curve chosen" points="{" ".join(path)}"/>' for path in stacks.values()]
+    for number, row in enumerate(rows):
+        for name, entry in reversed(row):
+            tip = f"{name}: gradient {entry['gradient_norm']:.3g}, weight {entry['weight_norm']:.3g}"
+            style, radius = ("point chosen", 6) if entry is row[0][1] else ("point", 3.5)
+            plane.dot(x(entry["gradient_norm"]), number, style, radius, tip)
+        plane.text(plane.right + 10, number, flags[number], "start", "label")
+    return plane.svg("Norm of the gradient, layer by layer")
+
+
+def _flags(row: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """What is wrong in a row: ``vanishing: key, query``, or their number where they are many."""
+    found: dict[str, list[str]] = {}
+    for name, entry in row:
+        if entry["flag"]:
+            held = found.setdefault(entry["flag"], [])
+            held += [] if entry is row[0][1] else [name]
+    texts = []
+    for flag, held in found.items():
+        few = len(held) <= 2 and len(found) == 1
+        texts.append(f"{flag}: {', '.join(held) if few else f'{len(held)} matrices'}" if held else flag)
+    return _short("; ".join(texts), 42)
+
+
+def _logarithmic(plane: _Rows, values: Sequence[float], rows: int, title: str) -> Callable[[float], float]:
+    """Draw a logarithmic axis for ``values`` below so many rows, and return where on it a value stands."""
+    positive = [value for value in values if value > 0] or [1.0]
+    scale = _decades(max(min(positive), DECADES * max(positive)), max(positive))
+    low, high = math.log10(scale[0]), math.log10(scale[-1])
+    span = plane.right - plane.left
+
+    def x(value: float) -> float:
+        return plane.left + (max(math.log10(value) - low, 0) / (high - low) * span if value > 0 else 0)
+
+    for tick in scale[:: math.ceil(60 * len(scale) / span)]:
+        line = f'x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="0" y2="{rows * ROW}"'
+        plane.parts.append(f'<line class="grid" {line}/>')
+        plane.text(x(tick), rows, f"{tick:g}", "middle")
+    plane.text(plane.left + span / 2, rows + 0.85, title, "middle", "title")
+    return x
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Numbers that cover [low, high] on a logarithmic axis: 1, 2 and 5 times powers of ten, or powers alone if many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high < 200 * low else (1,)
+    marks = [float(f"{step}e{power}") for power in powers for step in steps]
+    first = max((place for place, mark in enumerate(marks) if mark <= low), default=0)
+    last = next((place for place, mark in enumerate(marks) if mark >= high and place > first), len(marks) - 1)
+    return marks[first : last + 1]
+
+
+def influence(labels: Sequence[str], values: Sequence[float], tips: Sequence[str]) -> str:
+    """A bar for each block: how much it changes its input."""
+    plane = _Rows(labels, right=60)
+    longest = max(*values, 1e-9)
+    for row, (value, tip) in enumerate(zip(values, tips, strict=True)):
+        width = max(value, 0) / longest * (plane.right - plane.left)
+        plane.box(plane.left, row, width, 0.85, tip)
+        plane.text(plane.left + width + 8, row, f"{value:.3f}", "start", "label")
+    return plane.svg("Block influence")
+
+
+def cells(labels: Sequence[str], rows: Sequence[Sequence[float | None]], title: str, columns: Sequence[str]) -> str:
+    """Values from 0 to 1 as shades, a row for each label; ``columns`` stand above the cells."""
+    plane = _Rows(["", *labels], right=4)
+    width = min(54.0, (plane.right - plane.left) / max(1, len(columns)))
+    every = math.ceil(8 * max((len(name) for name in columns), default=1) / width)
+    for place, name in enumerate(columns):
+        if place % every == 0:
+            plane.text(plane.left + (place + 0.5) * width, 0, name, "middle")
+    for row, (label, values) in enumerate(zip(labels, rows, strict=True), 1):
+        for place, value in enumerate(values):
+            shade = 0.0 if value is None else min(max(value, 0.0), 1.0)
+            shown = "none" if value is None else f"{value:.3f}"
+            tip = f"{label}, {columns[place]}: {shown}"
+            plane.box(plane.left + place * width, row, width - 2, 0.04 + 0.86 * shade, tip)
+            if width >= 34 and value is not None:
+                middle = plane.left + (place + 0.5) * width - 1
+                plane.text(middle, row, f"{value:.2f}", "middle", "cell on" if shade > 0.78 else "cell")
+    return plane.svg(title)

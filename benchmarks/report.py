@@ -6,20 +6,31 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from ..errors import InputError
 from ..files import write_text
+from ..models import measures
+from ..models.measures import told
 from ..plan import read_json
 from . import charts, tables
 from .compare import rows as compared
 from .measurement import Measurement
+from .page import page
 
 Row = dict[str, Any]
 
 FIELDS = ("name", "speedup", "quality", "drop", "p50", "p90", "p99", "size_bytes", "params", "precision")
 """What each of ``tables.COLUMNS`` shows, as the ``data-field`` of its cells."""
+
+
+KINDS = {
+    "head": "Attention heads",
+    "kv": "Key/value groups",
+    "cross_head": "Heads of cross-attention",
+    "ffn": "Feed-forward channels",
+    "channel": "Channels",
+}
 
 
 def write_report(run: Path) -> Path:
@@ -29,8 +40,7 @@ def write_report(run: Path) -> Path:
     """
     summary, measured = _read(run)
     original, *results = compared(measured)
-    page = _page(summary, measured, original, results)
-    write_text(run / "report.html", page)
+    write_text(run / "report.html", _page(summary, measured, original, results))
     write_text(run / "report.md", _markdown(summary, original, results))
     return run / "report.html"
 
@@ -55,8 +65,8 @@ def headline(summary: Row, original: Row, results: Sequence[Row]) -> str:
     chosen = next((row for row in results if row["name"] == summary["chosen"]), None)
     if chosen is None:
         return "Nothing was found that is faster within the quality that may be lost; the original is kept."
-    drop = (chosen["quality"] or {}).get("drop") or 0.0
-    moved = f"{drop:.2f} points lost" if drop > 0 else f"{-drop:.2f} points gained"
+    quality = chosen["quality"]
+    moved = told(quality["metric"], quality["drop"] or 0.0) if quality else "quality not measured"
     met = f"the constraint is not met: {'; '.join(summary['unmet'])}" if summary["unmet"] else "the constraint is met"
     share = chosen["size_bytes"] / original["size_bytes"]
     return f"{chosen['speedup']['value']:.2f}x faster, {share:.0%} of the size, {moved}: {met}."
@@ -87,18 +97,22 @@ def _page(summary: Row, measured: Sequence[Measurement], original: Row, results:
     sizes = (
         f"{data['train']:,} training, {data['calibration']:,} calibration and {data['evaluation']:,} evaluation rows"
     )
-    sections.append(("Data", f"<p>{escape(summary['origin'])}. {sizes}; no row is in two of them.</p>"))
+    judged = _judged(original["quality"])
+    sections.append(("Data", f"<p>{escape(summary['origin'])}. {sizes}; no row is in two of them. {judged}</p>"))
     sections.append(("Stages", _stages(summary["stages"])))
     sections.append(("Environment", _definitions(summary["environment"])))
     if summary["warnings"]:
         doubts = "".join(f"<li>{escape(doubt)}</li>" for doubt in summary["warnings"])
         sections.insert(1, ("Read with care", f"<ul>{doubts}</ul>"))
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
-    return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"{summary['name']} on {summary['target']}"),
-        headline=escape(headline(summary, original, results)),
-        body=body,
-    )
+    return page(f"{summary['name']} on {summary['target']}", headline(summary, original, results), sections)
+
+
+def _judged(quality: Row | None) -> str:
+    """Whether the figures of quality are about the rows' labels or about the original alone."""
+    metric = measures.KNOWN.get(quality["metric"]) if quality else None
+    if metric is None or not metric.against_original:
+        return ""
+    return f"Quality is fidelity to the original ({metric.name}): no labels were used."
 
 
 def _table(original: Row, results: Sequence[Row], chosen: str | None) -> str:
@@ -116,7 +130,8 @@ def _table(original: Row, results: Sequence[Row], chosen: str | None) -> str:
             tag = 'th scope="row"' if first else "td"
             parts.append(f'<{tag} data-field="{field}"{value}>{label}</{tag.split(maxsplit=1)[0]}>')
         lines.append(f'<tr data-row="{escape(row["name"])}"{mark}>{"".join(parts)}</tr>')
-    shape = f"batch {original['batch']} x sequence {original['sequence']}, n = {original['latency_ms']['n']} each"
+    tokens = f" x sequence {original['sequence']}" if original["sequence"] else ""
+    shape = f"batch {original['batch']}{tokens}, n = {original['latency_ms']['n']} each"
     caption = f"{escape(original['target'])}, {shape}, interleaved; brackets are 95 % bootstrap intervals"
     return (
         f'<div class="wide"><table id="comparison"><caption>{caption}</caption>'
@@ -142,8 +157,8 @@ def _removed(summary: Row) -> str:
     parts = []
     if blocks:
         parts.append(f"<p>Whole blocks removed: {', '.join(str(layer) for layer in sorted(blocks))}.</p>")
-    for kind, title in (("head", "Attention heads"), ("ffn", "Feed-forward channels")):
-        counts = [site["count"] for site in summary["structure"] if site["kind"] == kind]
+    for kind, title in KINDS.items():
+        counts = {site["layer"]: site["count"] for site in summary["structure"] if site["kind"] == kind}
         gone = {int(layer): set(indices) for layer, indices in removed.get(kind, {}).items()}
         if counts:
             parts.append(f"<h3>{title}</h3>")

@@ -46,6 +46,74 @@ def drop_text(quality: Row | None) -> str:
     return f"{quality['drop']:+.2f} [{quality['drop_low']:+.2f}, {quality['drop_high']:+.2f}]"
 
 
+def stack_names(paths: Sequence[str]) -> dict[str, str]:
+    """What tells lists of blocks apart in their paths: ``encoder`` and ``decoder``; for one alone nothing is needed."""
+    parts = {path: path.split(".") for path in dict.fromkeys(paths)}
+    while len(parts) > 1 and all(parts.values()) and len({part[0] for part in parts.values()}) == 1:
+        parts = {path: part[1:] for path, part in parts.items()}
+    while len(parts) > 1 and all(parts.values()) and len({part[-1] for part in parts.values()}) == 1:
+        parts = {path: part[:-1] for path, part in parts.items()}
+    return {path: ".".join(part) if len(parts) > 1 else "block" for path, part in parts.items()}
+
+
+def statistics(found: Row) -> tuple[list[str], list[list[str]]]:
+    """The header and the lines of a table of an inspected model's statistics: a line for each block, or for each weight
+    matrix in a model without blocks."""
+    flow = found["gradient_flow"]["layers"]
+    blocks = [entry for entry in flow if entry["kind"] == "block"]
+    if not blocks:
+        header = ["layer", "gradient norm", "weight norm", "update ratio", "remarks"]
+        return header, [[e["name"], *_numbers(e, "weight_norm"), e["flag"] or ""] for e in flow]
+    header = ["layer", "gradient norm", "update ratio", "influence", "entropy", "cross entropy", "remarks"]
+    lines = []
+    for entry in blocks:
+        number = entry["block"]
+        influences = [one["influence"] for one in found["representation"]["layers"] if one["layer"] == number]
+        entropies = [_entropy(found, number, kind) for kind in ("head", "cross_head")]
+        means = [sum(values) / len(values) if values else None for values in (influences, *entropies)]
+        texts = ["" if mean is None else f"{mean:.3f}" for mean in means]
+        lines.append([str(number), *_numbers(entry), *texts, "; ".join(remarks(found, number))])
+    if not any(line[5] for line in lines):
+        header, lines = [*header[:5], header[6]], [[*line[:5], line[6]] for line in lines]
+    return header, lines
+
+
+def _numbers(entry: Row, *more: str) -> list[str]:
+    values = [entry[name] for name in ("gradient_norm", *more, "update_ratio")]
+    return ["" if value is None else f"{value:#.3g}" for value in values]
+
+
+def _entropy(found: Row, layer: int, kind: str) -> list[float]:
+    entries = [one for one in found["attention"]["layers"] if one["layer"] == layer and one["kind"] == kind]
+    return [head["entropy"] for one in entries for head in one["heads"]]
+
+
+def remarks(found: Row, layer: int) -> list[str]:
+    """What is unusual in one block: gradients that vanish or explode, dead units, and what kinds of heads it has."""
+    texts = []
+    for entry in found["gradient_flow"]["layers"]:
+        if entry["block"] == layer and entry["flag"]:
+            texts.append(
+                entry["flag"] if entry["kind"] == "block" else f"{entry['name'].split('.')[-1]} {entry['flag']}"
+            )
+    for entry in found["gradient_flow"]["dead"]:
+        if entry["layer"] == layer:
+            gone = set(entry["zero"]) | set(entry["constant"]) | set(entry["no_gradient"])
+            texts.append(f"{len(gone)} of {entry['count']} {entry['kind']} dead")
+    for entry in found["attention"]["layers"]:
+        if entry["layer"] != layer:
+            continue
+        kind = "cross " if entry["kind"] == "cross_head" else ""
+        for name in ("sink", "local", "causal"):
+            count = sum(head[name] for head in entry["heads"])
+            if count and not (name == "causal" and count == len(entry["heads"])):  # a decoder's mask is no news
+                texts.append(f"{count} {kind}{name} {'head' if count == 1 else 'heads'}")
+        pairs = len(entry["alike"])
+        if pairs:
+            texts.append(f"{pairs} {'pair' if pairs == 1 else 'pairs'} of {kind}heads alike")
+    return texts
+
+
 def markdown(original: Row, results: Sequence[Row], chosen: str | None) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
     for row in (original, *results):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EdgepressError
+from ..models import hidden
 from ..models.data import Batch, Rows
 from ..models.surgery import prune as copy_of
 from ..models.workload import Progress, Workload
@@ -61,10 +62,12 @@ def recover(
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     scale = _mean_square_logit(original, batch)
+    stream = hidden.kept(original, pruned)
     trace: list[dict[str, float]] = []
     for step, rows in zip(range(steps), _endless(original.data.train, batch, seed), strict=False):
         with torch.no_grad():
-            target = _features(original, rows.inputs)
+            whole, logits = _features(original, rows.inputs)
+        target = whole[..., stream] if whole is not None and len(stream) else whole, logits
         loss = _distance(_features(student, rows.inputs), target, rows.inputs.get("attention_mask"), scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -22,12 +22,13 @@ from torch import nn
 from ..errors import InputError
 from ..files import new_folder
 from ..plan import PruningPlan, read_json
-from . import encode, mapping, surgery, zoo
+from . import encode, mapping, remote, surgery, zoo
 from .data import Data
+from .layers import tie, tied
 from .plain import plain_skeleton
 from .skeleton import Skeleton
 from .structure import Structure
-from .workload import MODEL_FILES, Progress, Workload, check_finite
+from .workload import Progress, Workload, check_finite, model_files
 
 META = "edgepress.json"
 FORMAT = 1
@@ -74,16 +75,6 @@ def write(workload: Workload, place: Path) -> None:
     (place / "model.safetensors").chmod(0o644)
 
 
-def tied(module: nn.Module) -> dict[str, str]:
-    """The names of parameters that are another one (an output layer that is the embedding), with that one's name."""
-    first: dict[int, str] = {}
-    return {
-        name: first[id(parameter)]
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if first.setdefault(id(parameter), name) != name
-    }
-
-
 def load(
     folder: Path,
     data: str | None = None,
@@ -91,27 +82,28 @@ def load(
     columns: Mapping[str, str] | None = None,
     function: str = "",
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Workload:
     """The workload that was saved in ``folder``, with the rows of ``data`` (default: those it was made with).
 
-    ``function`` as in :func:`read`.
+    ``function`` and ``trust_remote_code`` as in :func:`read`.
     """
-    meta, _ = _description(folder, function)
+    meta, _ = _description(folder, function, trust_remote_code)
     source = data or str(meta["source"])
     if source.startswith("zoo:"):
         return read(folder, zoo.load(source.removeprefix("zoo:"), seed=seed, progress=progress).data, function)
-    workload = read(folder, Data.empty(), function)
+    workload = read(folder, Data.empty(), function, trust_remote_code=trust_remote_code)
     return encode.with_rows(workload, source, folder, columns=columns, seed=seed) if source else workload
 
 
-def read(folder: Path, data: Data, function: str = "") -> Workload:
+def read(folder: Path, data: Data, function: str = "", *, trust_remote_code: bool = False) -> Workload:
     """The workload that was saved in ``folder``, with these rows.
 
-    ``function`` names the function that made the module, where one did: it is not run on the folder's word. Raises
-    InputError for anything missing, damaged or hostile in the folder.
+    ``function`` names the function that made the module, where one did: it is not run on the folder's word, and neither
+    is code in the folder without ``trust_remote_code``. Raises InputError for anything missing, damaged or hostile.
     """
-    meta, skeleton = _description(folder, function)
+    meta, skeleton = _description(folder, function, trust_remote_code)
     plan = PruningPlan.from_json(meta["plan"])
     module, family, example = skeleton.make(meta["max_length"])
     before = mapping.structure(module, family, None if family.blocks else example)
@@ -119,7 +111,7 @@ def read(folder: Path, data: Data, function: str = "") -> Workload:
     dtype = next(module.parameters()).dtype
     example = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example.items()}
     data, example = encode.fitted(data, module, example)
-    files = {file: (folder / file).read_bytes() for file in MODEL_FILES if (folder / file).is_file()}
+    files = model_files(folder, code=skeleton.code is not None)
     _set_generation(module, files)
     return Workload(
         name=meta["name"],
@@ -147,7 +139,7 @@ def _set_generation(module: Any, files: Mapping[str, bytes]) -> None:
             raise InputError(f"generation_config.json cannot be used: {error}.") from error
 
 
-def _description(folder: Path, function: str) -> tuple[dict[str, Any], Skeleton]:
+def _description(folder: Path, function: str, trusted: bool) -> tuple[dict[str, Any], Skeleton]:
     """What ``edgepress.json`` says, every field of the type it should have, and the skeleton it describes."""
     meta = read_json(folder / META)
     types = {"format": int, "name": str, "architecture": str, "labels": list, "plan": dict, "max_length": int}
@@ -168,7 +160,10 @@ def _description(folder: Path, function: str) -> tuple[dict[str, Any], Skeleton]
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'} does not hold a JSON object.")
-    return meta, Skeleton(meta["architecture"], config, tuple(map(str, meta["labels"])))
+    asked = "" if function else remote.asked_for(folder, config)
+    if asked and not trusted:
+        raise InputError(f"{folder} {asked}, which edgepress does not run without --trust-remote-code.")
+    return meta, Skeleton(meta["architecture"], config, tuple(map(str, meta["labels"])), folder if asked else None)
 
 
 def restore(module: nn.Module, structure: Structure, plan: PruningPlan, weights: Path, ties: Mapping[str, str]) -> None:
@@ -195,9 +190,7 @@ def restore(module: nn.Module, structure: Structure, plan: PruningPlan, weights:
     if surplus:
         raise InputError(f"{weights} holds tensor '{surplus[0]}', which the model does not have.")
     module.load_state_dict(tensors, assign=True, strict=False)
-    for name, owner in ties.items():
-        parent, _, last = name.rpartition(".")
-        setattr(module.get_submodule(parent), last, module.get_parameter(owner))
+    tie(module, ties)
     check_finite(module, str(weights))
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

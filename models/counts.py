@@ -44,19 +44,28 @@ def observe(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, list[
     return calls
 
 
-def row_axes(module: nn.Module, example: Mapping[str, Tensor], calls: Mapping[str, list[Call]]) -> dict[str, int]:
-    """The axis that counts rows in the input of every layer that made ``calls`` for one row: the one that grows when
-    there are two. Layers in which none does are left out, and so are all of a model that does not take two."""
+def row_axes(module: nn.Module, example: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, int]:
+    """The axis that counts rows in the first input of every module in ``names``: the one that grows when ``example``,
+    one row, comes twice. Empty where the model does not take two rows."""
+    shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape))
+        for name, seen in shapes.items()
+    ]
     try:
-        two = observe(module, {name: torch.cat([tensor, tensor]) for name, tensor in example.items()})
+        with torch.no_grad():
+            module(**example)
+            singles = {name: len(seen) for name, seen in shapes.items()}
+            module(**{name: torch.cat([tensor, tensor]) for name, tensor in example.items()})
     except Exception:  # a user's own module may be written for one row
         return {}
+    finally:
+        for handle in handles:
+            handle.remove()
     axes = {}
-    for name in calls.keys() & two.keys():
-        pairs = zip(calls[name][0][0], two[name][0][0], strict=False)
-        grown = [axis for axis, (one, other) in enumerate(pairs) if one != other]
-        if grown:
-            axes[name] = grown[0]
+    for name, seen in shapes.items():
+        pairs = zip(seen[0], seen[singles[name]], strict=False) if singles[name] else ()
+        axes[name] = next((axis for axis, (one, two) in enumerate(pairs) if one != two), 0)
     return axes
 
 

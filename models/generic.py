@@ -35,7 +35,6 @@ def structure(module: nn.Module, example: Mapping[str, Tensor], before: Structur
     ``before`` pruning needs no second trial.
     """
     calls = observe(module, example)
-    axes = row_axes(module, example, calls)
     total = sum(layer_macs(module.get_submodule(name), made) for name, made in calls.items())
     sites: list[Site] = []
     notes: list[str] = []
@@ -54,7 +53,9 @@ def structure(module: nn.Module, example: Mapping[str, Tensor], before: Structur
             notes.append(f"the {count} channels that {root} makes are left alone: {problem}")
         else:
             params, macs = _costs(module, calls, cuts)
-            sites.append(replace(site, params=params, macs=macs, row_axis=axes.get(site.consumer, 0)))
+            sites.append(replace(site, params=params, macs=macs))
+    axes = row_axes(module, example, {site.consumer for site in sites})
+    sites = [replace(site, row_axis=axes.get(site.consumer, 0)) for site in sites]
     recurrent = [name for name, child in module.named_modules() if isinstance(child, RECURRENT)]
     notes += [f"{name} is recurrent: its state is left alone" for name in recurrent]
     return Structure("generic", (), tuple(sites), 0, total, tuple(notes))

@@ -6,7 +6,7 @@ and the two modules that pruning leaves where no stock layer says what is left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,14 @@ def drop(module: nn.Module, name: str, side: str, features: Sequence[int]) -> No
         setattr(owner, last, _without(layer, features, layer.dim() - 1))
     elif side == "in" and len(features) == in_features(layer):
         setattr(owner, last, Bias(layer.bias, out_features(layer)).to(layer.weight.device, layer.weight.dtype))
+    elif isinstance(layer, Bias):
+        left = layer.out_features - len(set(features))
+        bias = None if layer.bias is None else _without(layer.bias, features, 0)
+        setattr(owner, last, Bias(bias, left).to(layer.weight.device, layer.weight.dtype))
+    elif isinstance(layer, nn.LayerNorm):  # torch-pruning 1.6.1 leaves the channels of a norm out of order
+        layer.weight = _without(layer.weight, features, 0)
+        layer.bias = None if layer.bias is None else _without(layer.bias, features, 0)
+        layer.normalized_shape = tuple(layer.weight.shape)
     elif isinstance(layer, Conv1D):
         layer.weight = _without(layer.weight, features, 1 if side == "out" else 0)
         layer.nx, layer.nf = layer.weight.shape
@@ -153,6 +161,23 @@ def _without(parameter: Tensor, features: Sequence[int], dim: int) -> nn.Paramet
     kept = [index for index in range(parameter.shape[dim]) if index not in gone]
     chosen = parameter.detach().index_select(dim, torch.tensor(kept, dtype=torch.long, device=parameter.device))
     return nn.Parameter(chosen, requires_grad=parameter.requires_grad)
+
+
+def tied(module: nn.Module) -> dict[str, str]:
+    """The names of parameters that are another one (an output layer that is the embedding), with that one's name."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name
+    }
+
+
+def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
+    """Make parameters one again: the inverse of :func:`tied`."""
+    for name, owner in ties.items():
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, module.get_parameter(owner))
 
 
 class SeparateAttention(nn.Module):

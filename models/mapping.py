@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UnavailableError
 from ..plan import PruningPlan
 from . import generic
+from . import hidden as stream
 from .counts import Call, attention_macs, layer_macs, observe, row_axes
 from .families import Attention, Blocks, Family
 from .layers import GroupedLinear, in_features, matrix, out_features
@@ -39,13 +40,15 @@ def structure(
         for layer, block in zip(stacks[-1].layers, blocks, strict=True):
             sites += _sites(module, declared, f"{path}.{layer - stacks[-1].start}", block, layer, calls)
     if not family.model_types and example is not None:  # modules of a user's own may put the sequence first
-        axes = row_axes(module, example, calls)
-        of_layer = {site.layer: axes.get(site.consumer, 0) for site in sites if site.gates}
-        sites = [replace(site, row_axis=of_layer.get(site.layer, 0)) for site in sites]
+        axes = row_axes(module, example, {site.consumer for site in sites})
+        sites = [replace(site, row_axis=axes.get(site.consumer, 0)) for site in sites]
     products = sum(_products(module, a, prefix, calls) for a, prefix, _ in attentions(module, family))
     total = sum(layer_macs(module.get_submodule(name), made) for name, made in calls.items()) + products
     first = next(site for site in sites if site.kind == "head")
     hidden = out_features(module.get_submodule(first.consumer))
+    if family.hidden:
+        known = before.find(stream.KIND, stream.LAYER) if before else None
+        sites.append(stream.site(module, stacks, sites, hidden, calls, known))
     return Structure(family.name, tuple(stacks), tuple(sites), hidden, total, family.notes)
 
 

@@ -40,6 +40,8 @@ class Metric:
     """Whether the labels are the original's outputs, and not the data's."""
     of_texts: bool = False
     """Whether outputs and labels are texts."""
+    unit: str = "points"
+    """Of a value and of a drop; points are those of 100."""
 
 
 def _share(hits: Any) -> Floats:
@@ -240,8 +242,8 @@ KNOWN = {
         Metric("matthews", _matches, _matthews),
         Metric("pearson", _moments, _correlation),
         Metric("spearman", _ranked_moments, _correlation),
-        Metric("mse", _squares, _mean, better=-1),
-        Metric("perplexity", _likelihoods, _perplexity, better=-1),
+        Metric("mse", _squares, _mean, better=-1, unit="of squared error"),
+        Metric("perplexity", _likelihoods, _perplexity, better=-1, unit="of perplexity"),
         Metric("token-accuracy", _token_hits, _mean),
         Metric("token-f1-macro", _token_errors, _f1_macro),
         Metric("token-agreement", _token_agreement, _mean, against_original=True),
@@ -253,7 +255,7 @@ KNOWN = {
         Metric("recall@10", partial(_top, k=10), _mean),
         Metric("agreement", _agreement, _mean, against_original=True),
         Metric("cosine", _cosine, _mean, against_original=True),
-        Metric("kl", _divergence, _mean, better=-1, against_original=True),
+        Metric("kl", _divergence, _mean, better=-1, against_original=True, unit="nats"),
     )
 }
 
@@ -270,6 +272,12 @@ def get(name: str) -> Metric:
     if name not in KNOWN:
         raise UsageError(f"There is no metric '{name}' (known: {', '.join(KNOWN)}, or package.module:function).")
     return KNOWN[name]
+
+
+def told(metric: str, drop: float) -> str:
+    """A drop in words: ``0.40 points lost``, ``0.02 of perplexity gained``."""
+    unit = KNOWN[metric].unit if metric in KNOWN else f"of {metric}"
+    return f"{abs(drop):.2f} {unit} {'lost' if drop > 0 else 'gained'}"
 
 
 def _own(function: Callable[[Any, Any], Any], name: str, outputs: Any, labels: Any) -> Floats:

@@ -215,7 +215,7 @@ def _similarities(workload: Workload, rows: Rows, progress: Progress | None) -> 
         if progress:
             progress(len(order), len(rows), "pairs")
     logits = (torch.cat(images) @ torch.cat(texts).T * scale + bias).numpy()
-    found = np.empty_like(logits)
+    found: NDArray[np.float32] = np.empty_like(logits)
     found[np.ix_(order, order)] = logits
     return found
 

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 
 from ..errors import InputError, UnavailableError
 from ..plan import read_json
-from . import encode, families, hub, mapping
+from . import encode, hub, mapping, remote
 from .data import Data
 from .examples import example as make_example
 from .examples import longest
 from .skeleton import Skeleton, model_class
-from .workload import MODEL_FILES, Workload, check_finite
+from .workload import Workload, check_finite, model_files
 
 ADAPTER = "adapter_config.json"
 MAX_LENGTH = 128
@@ -34,6 +34,7 @@ def load(
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Workload:
     """The model in ``folder`` with the labelled rows of ``data``, or with none.
 
@@ -42,10 +43,11 @@ def load(
     adapter = folder if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file() else None
     if adapter:
         folder = _base(adapter)
-    config = _config(folder)
-    family = families.of_model_type(str(config.get("model_type")))
+    config = _config(folder, trust_remote_code)
+    code = folder if remote.asked_for(folder, config) else None
     architecture = str(next(iter(config.get("architectures") or []), ""))
-    module = _module(folder, architecture)
+    family = Skeleton(architecture, config, (), code).family
+    module = _module(folder, architecture, config, code)
     if adapter:
         module = _merged(module, adapter)
     check_finite(module, str(adapter or folder))
@@ -53,14 +55,14 @@ def load(
     if max_length is not None and max_length > most:
         raise InputError(f"The sequence length {max_length} is more than the {most} positions of {folder}.")
     max_length = max_length or min(MAX_LENGTH, most)
-    skeleton = Skeleton(architecture, module.config.to_dict(), _labels(module.config, architecture))
+    skeleton = Skeleton(architecture, module.config.to_dict(), _labels(module.config, architecture), code)
     example = make_example(module, family.inputs, max_length)
     split = Data.empty()
     if data:
         reader = encode.Reader(folder, skeleton, example, max_length)
         split, example = encode.fitted(encode.load(data, reader, columns=columns, seed=seed), module, example)
     structure = mapping.structure(module, family, example)
-    files = {name: (folder / name).read_bytes() for name in MODEL_FILES if (folder / name).is_file()}
+    files = model_files(folder, code=code is not None)
     return Workload(
         name=name,
         module=module,
@@ -82,15 +84,14 @@ def _labels(config: Any, architecture: str) -> tuple[str, ...]:
     return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json, once it is sure that nothing in the folder asks to be executed."""
+def _config(folder: Path, trusted: bool) -> dict[str, Any]:
+    """The folder's config.json, once it is sure that nothing in the folder asks to be executed, or that it may be."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'} does not hold a JSON object.")
-    code = sorted(path.name for path in folder.glob("*.py"))
-    if code or "auto_map" in config:
-        what = f"brings its own code ({', '.join(code)})" if code else "asks for its own code (auto_map)"
-        raise InputError(f"{folder} {what}, which edgepress does not run.")
+    asked = remote.asked_for(folder, config)
+    if asked and not trusted:
+        raise InputError(f"{folder} {asked}, which edgepress does not run without --trust-remote-code.")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise InputError(f"{folder} has no weights: neither .safetensors nor pytorch_model.bin.")
     return config
@@ -125,21 +126,24 @@ def _merged(module: Any, adapter: Path) -> Any:
         raise InputError(f"The adapter in {adapter} cannot be merged: {why}.") from error
 
 
-def _module(folder: Path, architecture: str) -> Any:
+def _module(folder: Path, architecture: str, config: Mapping[str, Any], code: Path | None) -> Any:
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config_class = type(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
-        module, info = model_class(architecture, config_class).from_pretrained(
+        if code:
+            made_by = remote.classes(code, config, architecture)[1]
+        else:
+            config_class = type(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
+            made_by = model_class(architecture, config_class)
+        module, info = made_by.from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=any(folder.glob("*.safetensors")),
             weights_only=True,
-            trust_remote_code=False,
             output_loading_info=True,
         )
     except pickle.UnpicklingError as error:

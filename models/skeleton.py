@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import InputError, UnavailableError
-from . import families, functions
+from . import families, functions, remote
 from .examples import example
 
 POOLED = "PooledClassifier"
@@ -24,6 +25,8 @@ class Skeleton:
     architecture: str
     config: Mapping[str, Any]
     labels: tuple[str, ...]
+    code: Path | None = None
+    """The folder whose own code makes the module, where the user trusts it."""
 
     @property
     def is_function(self) -> bool:
@@ -32,6 +35,8 @@ class Skeleton:
     @property
     def family(self) -> families.Family:
         """The family that the configuration names; a function's module has to be looked at instead."""
+        if self.code:
+            return families.find(str(self.config.get("model_type"))) or families.get("generic")
         return families.of_model_type(str(self.config.get("model_type")))
 
     def make(self, length: int) -> tuple[nn.Module, families.Family, dict[str, Tensor]]:
@@ -46,13 +51,20 @@ class Skeleton:
         return module, self.family, example(module, self.family.inputs, length)
 
     def build(self) -> nn.Module:
-        """The module with parameters on the meta device and buffers in place, in evaluation mode."""
+        """The module with parameters on the meta device and buffers in place, in evaluation mode.
+
+        One that is made by code of its folder has parameters too: what that code does with them is not known.
+        """
         import transformers
         from accelerate import init_empty_weights
 
         from .pooled import PooledClassifier
 
         family = self.family
+        if self.code:
+            config_class, made_by = remote.classes(self.code, self.config, self.architecture)
+            own: nn.Module = made_by(config_class.from_dict(dict(self.config)))
+            return own.eval()
         try:
             config = transformers.AutoConfig.for_model(**self.config)
         except (TypeError, ValueError) as error:

@@ -66,6 +66,8 @@ class Site:
     output of ``block``."""
     scaled_by: str = ""
     """The parameter that multiplies the contribution before it is added, where there is one."""
+    norms: tuple[str, ...] = ()
+    """For ``kind == "hidden"``: the norms over the units, masked as ``hidden.py`` says; the gates only set to zero."""
     row_axis: int = 0
     """The axis of the gated layers' inputs that counts the rows of a batch; 1 where the sequence comes first."""
     params: int = 0
@@ -188,7 +190,8 @@ class Structure:
                 raise InputError(
                     f"The plan removes {kind} {indices[-1]} of layer {layer}, which has only {site.count} of them."
                 )
-            if kind not in {"block", "ffn"} and len(indices) == site.count and layer not in plan.blocks:
+            spared = kind in {"block", "ffn"} or (layer in plan.blocks and kind != "hidden")
+            if len(indices) == site.count and not spared:
                 raise InputError(
                     f"The plan removes all {site.count} {kind} units of layer {layer}; at least one must stay, "
                     f"or the whole block must go."

@@ -10,31 +10,64 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..plan import PruningPlan
-from . import families, mapping
+from . import families, hidden, mapping
 from .counts import CONVOLUTIONS
-from .layers import drop, in_features
+from .layers import drop, in_features, tie, tied
 from .structure import Structure
 from .workload import Workload
 
+TOLERANCE = 1e-3
+"""Largest difference of the answers of a masked and a cut model, in units of the largest answer, in float32."""
 
-def prune(workload: Workload, plan: PruningPlan) -> Workload:
+
+def prune(workload: Workload, plan: PruningPlan, *, in_place: bool = False) -> Workload:
     """A new workload whose module has lost the units of ``plan``; the given one is left as it was.
 
-    ``plan`` is in the numbering of ``workload.module`` as it is now. Raises InputError where it does not fit.
+    With ``in_place`` the given module itself is cut, layer after layer, so that a model of more than half of the memory
+    can be pruned; the given workload is then of no use any more. ``plan`` is in the numbering of ``workload.module`` as
+    it is now. Raises InputError where it does not fit.
     """
-    module = copy.deepcopy(workload.module)
+    wanted = _masked_answer(workload, plan)
+    module = workload.module if in_place else copy.deepcopy(workload.module)
     remove(module, workload.structure, plan)
+    if wanted is not None:
+        _prove(module, workload, wanted)
     family = families.get(workload.structure.family)
     structure = mapping.structure(module, family, workload.example, workload.structure)
     original_layers = workload.structure.num_layers + len(workload.plan.blocks)
     whole = workload.plan.then(workload.structure.closed(plan), original_layers)
     return workload.with_module(module, structure, whole)
+
+
+def _masked_answer(workload: Workload, plan: PruningPlan) -> Tensor | None:
+    """What the masked module answers to the example, where the plan takes hidden channels; else None."""
+    if not plan.indices(hidden.KIND, hidden.LAYER):
+        return None
+    with torch.no_grad(), masked(workload.module, workload.structure, plan):
+        return workload.forward(workload.example)
+
+
+def _prove(module: nn.Module, workload: Workload, wanted: Tensor) -> None:
+    """Raise InputError where the smaller module answers otherwise: a head may use the stream in a way of its own."""
+    try:
+        with torch.no_grad():
+            found = workload.with_module(module, workload.structure, workload.plan).forward(workload.example)
+        error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    except (RuntimeError, IndexError) as problem:
+        raise InputError(f"Hidden channels cannot be taken out of {workload.name}: {problem}.") from problem
+    if error > TOLERANCE:
+        raise InputError(
+            f"Hidden channels cannot be taken out of {workload.name}: the smaller model is {error:.1e} away from the "
+            f"masked one; at most {TOLERANCE:g} is rounding."
+        )
 
 
 def remove(module: nn.Module, structure: Structure, plan: PruningPlan) -> None:
@@ -44,12 +77,14 @@ def remove(module: nn.Module, structure: Structure, plan: PruningPlan) -> None:
     family = families.get(structure.family)
     going: dict[tuple[str, str], set[int]] = {}  # gathered first: two sites may share a layer's features
     for kind, layer in plan.sites():
-        if kind == "block" or layer in plan.blocks:
+        if kind == "block" or (layer in plan.blocks and kind != hidden.KIND):
             continue
         for cut in structure.site(kind, layer).cuts:
             going.setdefault((cut.layer, cut.side), set()).update(cut.features(plan.indices(kind, layer)))
+    ties = tied(module)
     for (name, side), features in going.items():
         drop(module, name, side, sorted(features))
+    tie(module, ties)
     mapping.settle(module, family, structure, plan)
     mapping.drop_blocks(module, family, plan)
 
@@ -61,10 +96,13 @@ def gated(module: nn.Module, structure: Structure, gates: Tensor) -> Iterator[No
     ``gates`` has shape [num_units], or [batch, num_units] for a gate of each row's own, and may be of a finer type than
     the module. A block at gate g returns x + g * (block(x) - x).
     """
-    handles = []
+    handles: list[Any] = []
     for site, place in structure.slices():
         part = gates[..., place]
         if not gates.requires_grad and bool((part == 1).all()):
+            continue
+        if site.kind == hidden.KIND:
+            handles += hidden.hooks(module, site, part, partial(_by_row, row_axis=site.row_axis))
             continue
         if site.kind == "block":
             handles.append(module.get_submodule(site.block).register_forward_hook(_block_hook(part, site.row_axis)))

@@ -6,6 +6,7 @@ metric of the task. A loss is what the gradients are of.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -128,9 +129,7 @@ def losses(task: Task, output: Tensor, batch: Batch, generator: torch.Generator)
     from a Gaussian around them. The expected outer product of the gradients is then the Fisher information proper, and
     not the empirical one (Kunstner et al. 2019, arXiv 1905.12558).
     """
-    if task is RETRIEVAL:
-        return functional.cross_entropy(output, torch.arange(len(output)), reduction="none")
-    labels = batch.labels
+    labels = torch.arange(len(output)) if task is RETRIEVAL else batch.labels
     if task in {REGRESSION, EMBEDDING}:
         flat = output.flatten(1)
         if labels is not None and labels.is_floating_point():
@@ -140,15 +139,15 @@ def losses(task: Task, output: Tensor, batch: Batch, generator: torch.Generator)
             mask = batch.inputs.get("attention_mask")
             if mask is not None and mask.shape == output.shape[:2]:
                 noise = noise * mask[..., None]
-            return (output * noise).flatten(1).sum(dim=1) / flat.shape[1] ** 0.5
+            return (output * noise).flatten(1).sum(dim=1) / math.sqrt(flat.shape[1])
     if labels is None:
         shares = output.detach().float().softmax(dim=-1)
         labels = torch.multinomial(shares.flatten(0, -2), 1, generator=generator).reshape(output.shape[:-1])
         labels = _everywhere(batch, labels)
-    if labels.dim() == 1:
-        return functional.cross_entropy(output, labels, reduction="none")
     if output.shape[:-1] != labels.shape:
-        raise InputError(f"The model answers {list(output.shape[:-1])} tokens, and {list(labels.shape)} have a label.")
+        raise InputError(
+            f"The model answers {list(output.shape[:-1])} tokens or rows, and {list(labels.shape)} have a label."
+        )
     each = functional.cross_entropy(output.transpose(1, -1), labels, ignore_index=NO_LABEL, reduction="none")
-    mean: Tensor = each.sum(dim=1) / (labels != NO_LABEL).sum(dim=1).clamp(min=1)
-    return mean
+    whole: Tensor = each.flatten(1).sum(dim=1) if labels.dim() > 1 else each
+    return whole / (labels != NO_LABEL).reshape(len(labels), -1).sum(dim=1).clamp(min=1)

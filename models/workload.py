@@ -153,6 +153,7 @@ def load(
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Workload:
     """Load a workload.
@@ -161,7 +162,8 @@ def load(
     ``package.module:function``, or ``package.module:function@FOLDER`` for a checkpoint of its module. ``data`` is a
     file or a folder that one of ``sources`` reads, a function that returns rows, or ``zoo:NAME`` for that entry's rows;
     a zoo model, or a checkpoint made from one, brings its own. ``columns`` maps fields to the columns' own names. Texts
-    are cut at ``max_length`` tokens, 128 where nothing is said. Raises any kind of EdgepressError.
+    are cut at ``max_length`` tokens, 128 where nothing is said. Code in a model's folder is refused unless
+    ``trust_remote_code``. Raises any kind of EdgepressError.
     """
     from . import checkpoint, functions, hub, pretrained, zoo
 
@@ -172,8 +174,7 @@ def load(
     if functions.named(model):
         function, _, saved = model.partition("@")
         if saved:
-            options = {"columns": columns, "seed": seed, "progress": progress}
-            return checkpoint.load(Path(saved), data, function=function, **options)  # type: ignore[arg-type]
+            return checkpoint.load(Path(saved), data, columns=columns, function=function, seed=seed, progress=progress)
         return functions.load(function, data, columns=columns, seed=seed)
     folder = Path(model)
     if folder.suffix == ".onnx":
@@ -186,9 +187,24 @@ def load(
             raise InputError(f"There is no model folder '{model}'; give a local folder, a hub id, or one of {known}.")
         folder = hub.download(model)
     if (folder / checkpoint.META).is_file():
-        return checkpoint.load(folder, data, columns=columns, seed=seed, progress=progress)
-    name = folder.resolve().name if Path(model).is_dir() else model.replace("/", "--")
-    return pretrained.load(folder, data, name=name, columns=columns, seed=seed, max_length=max_length)
+        return checkpoint.load(
+            folder, data, columns=columns, seed=seed, trust_remote_code=trust_remote_code, progress=progress
+        )
+    return pretrained.load(
+        folder,
+        data,
+        name=folder.resolve().name if Path(model).is_dir() else model.replace("/", "--"),
+        columns=columns,
+        seed=seed,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def model_files(folder: Path, *, code: bool) -> dict[str, bytes]:
+    """What travels with the model in ``folder``; its ``code`` too, where that makes it."""
+    names = (*MODEL_FILES, *(path.name for path in sorted(folder.glob("*.py")) if code))
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def check_finite(module: nn.Module, origin: str) -> None:

@@ -12,12 +12,17 @@ from .allocate import uniform as same_everywhere
 
 
 def prune(
-    workload: Workload, scores: Scores, *, ratio: float | Mapping[str, float] = 0.5, uniform: bool = False
+    workload: Workload,
+    scores: Scores,
+    *,
+    ratio: float | Mapping[str, float] = 0.5,
+    uniform: bool = False,
+    in_place: bool = False,
 ) -> Workload:
     """``workload`` without the ``ratio`` of its units that score lowest: a new workload, really smaller.
 
     A number is the share of heads and of channels that goes; a mapping gives it by kind. With ``uniform`` every layer
-    loses the same number.
+    loses the same number. ``in_place`` cuts the given module itself, and needs no memory for a second one.
     """
     allocate = same_everywhere if uniform else by_ratio
-    return surgery.prune(workload, allocate(workload.structure, scores.values, ratio))
+    return surgery.prune(workload, allocate(workload.structure, scores.values, ratio), in_place=in_place)

@@ -11,7 +11,7 @@ from ...errors import UsageError
 from ...models.structure import Site, Structure
 from ...plan import PruningPlan, Unit
 
-MULTIPLE = {"ffn": 16}
+MULTIPLE = {"ffn": 16, "hidden": 16}
 """Counts of units that a layer keeps are rounded to these, where its own count allows: the integer products of
 current CPUs work through 16 columns at a time, and a remainder costs as much as a full step."""
 
@@ -20,9 +20,9 @@ def by_ratio(structure: Structure, values: Tensor, ratio: float | Mapping[str, f
     """The plan that removes a share of the units of each kind: those that score lowest over all layers.
 
     ``values`` has shape [num_units]. A number as ``ratio`` is for channels and heads, which in grouped attention go
-    with their key/value group; blocks go only where a mapping names them. Each layer keeps at least one unit, or
-    ``MULTIPLE`` of them, so the share removed is a little below what was asked where layers are nearly empty. Units in
-    blocks that go are not counted.
+    with their key/value group; blocks and hidden channels go only where a mapping names them. Each layer keeps at least
+    one unit, or ``MULTIPLE`` of them, so the share removed is a little below what was asked where layers are nearly
+    empty. Units in blocks that go are not counted.
     """
     shares = _shares(structure, ratio)
     plan = PruningPlan.of(_lowest(structure, values, "block", shares.get("block", 0.0), frozenset()))
@@ -54,7 +54,8 @@ def uniform(structure: Structure, values: Tensor, ratio: float | Mapping[str, fl
             units |= set(site.units)
             gone.add(site.layer)
     for site, place in structure.slices():
-        if site.kind == "block" or site.layer in gone or not shares.get(site.kind):
+        lost = site.kind == "block" or (site.layer in gone and site.kind != "hidden")
+        if lost or not shares.get(site.kind):
             continue
         keep = _rounded(site.count - round(shares[site.kind] * site.count), site)
         order = values[place].argsort(stable=True)[: site.count - keep].tolist()
@@ -66,7 +67,8 @@ def _shares(structure: Structure, ratio: float | Mapping[str, float]) -> dict[st
     """The share to go of each kind; UsageError for a kind that is not there or a share that makes no sense."""
     if isinstance(ratio, int | float):
         grouped = "kv" in structure.kinds
-        shares = {kind: ratio for kind in structure.kinds if kind not in {"block", "head" if grouped else "kv"}}
+        named = {"block", "hidden", "head" if grouped else "kv"}
+        shares = {kind: ratio for kind in structure.kinds if kind not in named}
     else:
         shares = dict(ratio)
     for kind, share in shares.items():
@@ -86,7 +88,9 @@ def _rounded(keep: int, site: Site) -> int:
 def _lowest(structure: Structure, values: Tensor, kind: str, share: float, gone: frozenset[int]) -> set[Unit]:
     """The units of ``kind`` outside the layers ``gone`` that fall below the share's threshold."""
     sites = [
-        (site, values[place]) for site, place in structure.slices() if site.kind == kind and site.layer not in gone
+        (site, values[place])
+        for site, place in structure.slices()
+        if site.kind == kind and (site.layer not in gone or kind == "hidden")
     ]
     if not sites or share == 0:
         return set()

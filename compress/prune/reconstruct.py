@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models import hidden
 from ...models.data import Rows
 from ...models.layers import matrix
 from ...models.structure import Site
@@ -51,10 +52,11 @@ def reconstruct(
     gone = _blocks_gone_since(original, pruned)
     layers = [layer for layer in range(original.structure.num_layers) if layer not in gone]
     sites = [site for site in result.structure.sites if site.block and site.kind not in {"block", "kv"}]
+    stream = hidden.kept(original, pruned)
     with torch.no_grad():
         for done, site in enumerate(sites, 1):
             before = original.structure.site(site.kind, layers[site.layer])
-            _solve((original, before), (result, site), sample, ridge)
+            _solve((original, before), (result, site), sample, ridge, stream)
             if progress:
                 progress(done, len(sites), "layers solved")
     return result
@@ -67,8 +69,11 @@ def _blocks_gone_since(original: Workload, pruned: Workload) -> set[int]:
     return {numbering.index(layer) for layer in pruned.plan.blocks - original.plan.blocks}
 
 
-def _solve(then: tuple[Workload, Site], now: tuple[Workload, Site], rows: Rows, ridge: float) -> None:
-    """Replace the weights of the consumer of ``now``, a workload and its site, by the solution derived above."""
+def _solve(then: tuple[Workload, Site], now: tuple[Workload, Site], rows: Rows, ridge: float, stream: Tensor) -> None:
+    """Replace the weights of the consumer of ``now``, a workload and its site, by the solution derived above.
+
+    ``stream`` names the channels of the original's residual stream that are left.
+    """
     pruned, site = now
     consumer: Any = pruned.module.get_submodule(site.consumer)
     weights, bias = matrix(consumer), consumer.bias
@@ -77,7 +82,7 @@ def _solve(then: tuple[Workload, Site], now: tuple[Workload, Site], rows: Rows, 
     gram = torch.zeros(held.shape[1], held.shape[1], dtype=torch.float64)
     cross = torch.zeros_like(held)
     for batch in rows.batches(BATCH):
-        _, wanted = _at(*then, batch.inputs)
+        wanted = _at(*then, batch.inputs)[1][..., stream]
         inputs, found = _at(*now, batch.inputs)
         real = _real(batch.inputs, inputs)
         features = nn.functional.pad(inputs[real], (0, held.shape[1] - weights.shape[1]), value=1.0).double()

@@ -11,14 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...models.data import Rows
-from ...models.structure import Structure
-from ...models.workload import Progress, Workload
+from .evidence import Evidence
+
+NEEDS = ()
 
 
-def score(
-    workload: Workload, structure: Structure, *, rows: Rows, seed: int = 0, progress: Progress | None = None
-) -> Tensor:
-    """Uniform in [0, 1) by ``seed``, float64 [num_units]; ``rows`` are not used."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(structure.num_units, generator=generator, dtype=torch.float64)
+def score(evidence: Evidence) -> Tensor:
+    """Uniform in [0, 1) by the evidence's seed, float64 [num_units]."""
+    generator = torch.Generator().manual_seed(evidence.seed)
+    return torch.rand(evidence.workload.structure.num_units, generator=generator, dtype=torch.float64)

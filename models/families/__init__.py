@@ -105,6 +105,8 @@ class Family:
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     notes: tuple[str, ...] = ()
     """What in it is left alone, and why."""
+    hidden: bool = True
+    """Whether channels of the residual stream can be taken out: one width throughout, read by known layers only."""
 
 
 def get(name: str) -> Family:

@@ -33,4 +33,5 @@ FAMILY = Family(
         ),
     ),
     notes=("SigLIP's pooling head is left alone: its attention has one query for the whole image",),
+    hidden=False,
 )

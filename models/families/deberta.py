@@ -30,4 +30,5 @@ FAMILY = Family(
             },
         ),
     ),
+    hidden=False,
 )

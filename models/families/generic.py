@@ -7,4 +7,5 @@ FAMILY = Family(
     source="Fang et al. 2023, DepGraph: Towards Any Structural Pruning, arXiv 2301.12900",
     model_types=(),
     blocks=(),
+    inputs=("input_ids", "attention_mask", "pixel_values"),
 )

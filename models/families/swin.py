@@ -17,4 +17,5 @@ FAMILY = Family(
             ffn=FeedForward(inputs=("mlp.fc1",), output="mlp.fc2"),
         ),
     ),
+    hidden=False,
 )

@@ -25,4 +25,5 @@ FAMILY = Family(
         ),
     ),
     notes=("layers outside the encoder are left alone",),
+    hidden=False,
 )

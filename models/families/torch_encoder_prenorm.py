@@ -17,4 +17,5 @@ FAMILY = replace(
             ffn=FeedForward(inputs=("linear1",), output="linear2"),
         ),
     ),
+    hidden=False,
 )

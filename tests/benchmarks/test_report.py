@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +12,10 @@ from edgepress.benchmarks.report import write_report
 from edgepress.errors import InputError
 
 
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium")
-    if chromium is None and not os.environ.get("EDGEPRESS_REQUIRE_BROWSER"):
-        pytest.skip("Chromium is not installed; EDGEPRESS_REQUIRE_BROWSER=1 makes this an error")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
-        opened.close()
-
-
-def _open(browser: Any, path: Path, scheme: str = "light", width: int = 1280) -> tuple[Any, list[str]]:
-    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: complaints.append(f"dialog {dialog.message}"))
-    page.on("request", lambda request: complaints.append(request.url) if not request.url.startswith("file:") else None)
-    page.goto(path.as_uri())
-    return page, complaints
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 420])
-def test_it_renders(browser: Any, finished_run: Path, scheme: str, width: int) -> None:
-    page, complaints = _open(browser, finished_run / "report.html", scheme, width)
+def test_it_renders(open_page: Any, finished_run: Path, scheme: str, width: int) -> None:
+    page, complaints = open_page(finished_run / "report.html", scheme, width)
     assert complaints == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     pictures = page.locator("svg").all()
@@ -54,8 +28,8 @@ def test_it_renders(browser: Any, finished_run: Path, scheme: str, width: int) -
     page.close()
 
 
-def test_its_figures_are_the_measured_ones(browser: Any, finished_run: Path) -> None:
-    page, _ = _open(browser, finished_run / "report.html")
+def test_its_figures_are_the_measured_ones(open_page: Any, finished_run: Path) -> None:
+    page, _ = open_page(finished_run / "report.html")
     lines = (finished_run / "measurements.jsonl").read_text().splitlines()
     measured = [json.loads(line) for line in lines]
     shown = page.evaluate(
@@ -77,7 +51,7 @@ def test_its_figures_are_the_measured_ones(browser: Any, finished_run: Path) -> 
     page.close()
 
 
-def test_hostile_names_stay_text(browser: Any, finished_run: Path, tmp_path: Path) -> None:
+def test_hostile_names_stay_text(open_page: Any, finished_run: Path, tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>$body|"
     summary = json.loads((finished_run / "summary.json").read_text())
     lines = [json.loads(line) for line in (finished_run / "measurements.jsonl").read_text().splitlines()]
@@ -85,7 +59,7 @@ def test_hostile_names_stay_text(browser: Any, finished_run: Path, tmp_path: Pat
     summary["refused"] = [{"stage": evil, "variant": evil, "reason": evil}]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "measurements.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    page, complaints = _open(browser, write_report(tmp_path))
+    page, complaints = open_page(write_report(tmp_path))
     assert complaints == []
     assert page.locator("script").count() == 1
     assert page.locator("img").count() == 0
@@ -93,13 +67,13 @@ def test_hostile_names_stay_text(browser: Any, finished_run: Path, tmp_path: Pat
     page.close()
 
 
-def test_a_run_that_kept_nothing(browser: Any, finished_run: Path, tmp_path: Path) -> None:
+def test_a_run_that_kept_nothing(open_page: Any, finished_run: Path, tmp_path: Path) -> None:
     summary = json.loads((finished_run / "summary.json").read_text())
     lines = (finished_run / "measurements.jsonl").read_text().splitlines()[:1]
     nothing = {"chosen": None, "removed": {}, "scores": None, "trace": {}, "kept": [], "results": []}
     (tmp_path / "summary.json").write_text(json.dumps({**summary, **nothing, "warnings": ["a noisy machine"]}))
     (tmp_path / "measurements.jsonl").write_text("\n".join(lines))
-    page, complaints = _open(browser, write_report(tmp_path))
+    page, complaints = open_page(write_report(tmp_path))
     assert complaints == []
     assert "the original is kept" in page.locator(".headline").inner_text()
     assert "a noisy machine" in page.inner_text("main")

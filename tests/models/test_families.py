@@ -12,11 +12,12 @@ from edgepress.errors import InputError, UnavailableError
 from edgepress.models import families, mapping, surgery
 from edgepress.models.structure import Structure
 from edgepress.plan import PruningPlan, Unit
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-SETTINGS = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink]  # not explain, which traces every line
+SETTINGS = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
 
 
 def _masked_and_removed(workload: Any, plan: PruningPlan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,7 +49,7 @@ def test_a_folder_without_rows(decoder_folder: Path, edgepress: Any, tmp_path: P
     assert (plain.config.num_key_value_heads, plain.config.num_attention_heads) == (2, 4)
     refused = edgepress("score", decoder_folder, "--method", "fisher")
     assert refused.returncode == 2
-    assert "needs labelled rows" in refused.stderr
+    assert "needs rows" in refused.stderr
 
 
 def test_shards_and_half_precision(decoder_folder: Path, tmp_path: Path) -> None:
@@ -183,6 +183,82 @@ def test_code_in_a_folder_is_refused(decoder_folder: Path) -> None:
         ep.load(str(decoder_folder))
 
 
+MODELING = """
+import torch
+from pathlib import Path
+from transformers import PretrainedConfig, PreTrainedModel
+
+Path({marker!r}).write_text("run")
+
+
+class NewConfig(PretrainedConfig):
+    model_type = "new"
+
+    def __init__(self, vocab_size=2000, hidden_size=24, **kwargs):
+        super().__init__(**kwargs)
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+
+
+class NewForSequenceClassification(PreTrainedModel):
+    config_class = NewConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.inner = torch.nn.Linear(config.hidden_size, 16)
+        self.head = torch.nn.Linear(16, config.num_labels)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(torch.relu(self.inner(self.embed(input_ids).mean(dim=1))))
+"""
+
+
+def test_code_in_a_folder_runs_only_where_it_is_trusted(
+    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    folder, marker = tmp_path / "new", tmp_path / "marker"
+    folder.mkdir()
+    (folder / "modeling_new.py").write_text(MODELING.format(marker=str(marker)))
+    config = {"model_type": "new", "architectures": ["NewForSequenceClassification"], "vocab_size": 2000}
+    auto = {"AutoConfig": "modeling_new.NewConfig"}
+    auto["AutoModelForSequenceClassification"] = "modeling_new.NewForSequenceClassification"
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto}))
+    shapes = {"embed.weight": (2000, 24), "inner.weight": (16, 24), "inner.bias": (16,)}
+    shapes |= {"head.weight": (2, 16), "head.bias": (2,)}
+    random = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model_folder / name).read_bytes())
+    data = ("--data", reviews_csv, "--columns", "text=review,label=stars")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
+    refused = edgepress("prune", folder, *data, "-o", tmp_path / "pruned", env=environment)
+    assert refused.returncode == 2
+    assert "does not run without --trust-remote-code" in refused.stderr
+    assert not marker.exists()
+    done = edgepress(
+        "prune", folder, *data, "--trust-remote-code", "-o", tmp_path / "pruned", "--json", env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert marker.exists()
+    assert json.loads(done.stdout)["params_after"] < json.loads(done.stdout)["params_before"]
+    marker.unlink()
+    again = edgepress("inspect", tmp_path / "pruned", "--rows", 0, env=environment)
+    assert again.returncode == 2
+    assert "does not run without --trust-remote-code" in again.stderr
+    assert not marker.exists()
+    trusted = edgepress("inspect", tmp_path / "pruned", "--rows", 0, "--trust-remote-code", env=environment)
+    assert trusted.returncode == 0, trusted.stderr
+    code = (tmp_path / "pruned" / "modeling_new.py").read_text()
+    (tmp_path / "pruned" / "modeling_new.py").write_text(code.replace("import torch\n", "import torch\n1 / 0\n", 1))
+    broken = edgepress("inspect", tmp_path / "pruned", "--rows", 0, "--trust-remote-code", env=environment)
+    assert broken.returncode == 2
+    assert "fails with ZeroDivisionError" in broken.stderr
+
+
 def test_another_library_is_one_sentence(decoder_folder: Path) -> None:
     config = json.loads((decoder_folder / "config.json").read_text())
     (decoder_folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
@@ -194,13 +270,17 @@ PEAK = """
 import resource, sys
 import torch, transformers
 import edgepress as ep
+from edgepress.models import checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 workload = ep.load(sys.argv[1], max_length=8)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, 4 * workload.params)
+weights = 4 * workload.params
+pruned = ep.prune(workload, ep.score(workload, "magnitude"), ratio=0.3, in_place=True)
+assert 4 * pruned.params < 0.8 * weights
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, weights)
 """
 
 
-def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
+def test_loading_and_pruning_in_place_hold_the_weights_once(tmp_path: Path) -> None:
     """Peak memory stays near the float32 weights, though they are stored in half of that: tensor by tensor."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -51,7 +51,7 @@ def test_tables_of_every_format_give_the_same_rows(tmp_path: Path, suffix: str) 
         ("g.xlsx", "x", "not something that rows are read from"),
         ("h.parquet", "PAR1 no", "cannot be read"),
         ("i.npz", "PK no", "cannot be read as arrays"),
-        ("j.csv", "text,label\ncaf\xe9,1\n", "not UTF-8"),
+        ("j.csv", "text,label\ncaf\xe9,1\n", "not UTF-8 text, from line 2 on"),
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -21,6 +21,8 @@ from edgepress.models.functions import separate_attention
 from edgepress.models.skeleton import Skeleton
 from edgepress.models.statistics import attention, statistics
 from edgepress.models.statistics.representation import Similarity, hsic
+from edgepress.models.statistics.tokens import Tokens
+from edgepress.models.structure import Structure
 from edgepress.models.workload import Workload
 from edgepress.plan import PruningPlan, Unit
 from torch import nn
@@ -396,6 +398,22 @@ def test_shared_blocks_are_told_apart_by_their_runs(small_model: Callable[[str],
     assert len({entry["cosine"] for entry in found["representation"]["layers"]}) == 3
 
 
+@pytest.mark.parametrize("hidden", [-100.0, -math.inf, float(torch.finfo(torch.float64).min)])
+def test_every_way_to_hide_a_key(hidden: float) -> None:
+    """A mask of bools, one that is added (Swin's says -100), a causal flag and a mask without batch or heads."""
+    query, key, value = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
+    key, value = key[:, :2], value[:, :2]  # two groups for four heads
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    added = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~mask, hidden)
+    ways: list[dict[str, Any]] = [{"attn_mask": m[place]} for m in (mask, added) for place in (..., None, (None, None))]
+    for options in ({"is_causal": True}, *ways):
+        maps = attention.of_product(query, key, value, enable_gqa=True, **options)
+        assert torch.equal(maps.visible.expand(2, 5, 5), mask.expand(2, 5, 5))
+        mixed = maps.part(slice(0, 2)) @ value.repeat_interleave(2, dim=1)
+        whole = nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+        torch.testing.assert_close(mixed, whole[:, :, :2], rtol=0, atol=1e-12)
+
+
 def test_eager_attention_is_seen_as_it_is(small_model: Callable[[str], Any]) -> None:
     workload = with_rows(small_model("bert"))
     found = statistics(workload)
@@ -465,6 +483,19 @@ def test_torch_encoder(batch_first: bool) -> None:
     )
     assert [len(entry["heads"]) for entry in padded["attention"]["layers"]] == [4, 4]
     assert padded["notes"] == []
+
+
+def test_tokens_are_found_whichever_way_they_lie() -> None:
+    keys = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
+    values = torch.arange(9).reshape(3, 3, 1)
+    tokens = Tokens(Structure("net", (), ()))
+    tokens.start(None)
+    tokens.saw("stack", keys)
+    for row_axis in (0, 1):
+        laid = values.transpose(0, row_axis)
+        assert sorted(tokens.of("stack", laid, row_axis).flatten().tolist()) == [0, 1, 3, 6, 7, 8]
+        assert len(tokens.of("stack", torch.zeros(2, 3, 1), row_axis)) == 6
+        assert len(tokens.of("another", laid, row_axis)) == 9
 
 
 def flat(values: Any) -> list[float]:
@@ -563,7 +594,7 @@ def poison(workload: Any) -> int:
 def test_an_activation_that_overflows_is_named(small_model: Callable[[str], Any]) -> None:
     workload = with_rows(small_model("bert"))
     row = poison(workload)
-    message = rf"the activation that 'bert.embeddings.LayerNorm' reads is NaN or infinite for row {row} of the 5 "
+    message = rf"the activation that 'bert.embeddings.LayerNorm' reads is NaN or infinite for row {row + 1} of the 5 "
     with pytest.raises(InputError, match=message):
         statistics(workload)
 
@@ -583,7 +614,7 @@ class Root(nn.Module):
 def test_a_gradient_that_is_infinite_is_named() -> None:
     workload = of_module(Root(), torch.ones(1, 2), "x")
     workload.data.calibration.inputs["x"][3][:] = 0
-    with pytest.raises(InputError, match=r"the gradient of the activation of 'inner' is NaN or infinite for row 3 of"):
+    with pytest.raises(InputError, match=r"the gradient of the activation of 'inner' is NaN or infinite for row 4 of"):
         statistics(workload)
 
 

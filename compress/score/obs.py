@@ -1,0 +1,69 @@
+"""Optimal brain surgeon on structures: the error that is left when the rest makes up for the unit.
+
+What    The mean squared error of the output of the layer that reads a unit, once the unit's columns S are gone and all
+        other weights (and the bias) have been solved anew: Σ_rows W[:, S] (H⁻¹[S, S])⁻¹ W[:, S]ᵀ, H = X Xᵀ + λ I. A
+        block has nothing left to make up for it: mean |block(x) - x|^2.
+When    Before reconstruction, which does that solving: units that others can replace score low whatever their size.
+Cost    One forward pass over the rows and tokens * columns^2 for each reader, and the inverse of a float64 matrix
+        [columns, columns]. Gram matrices take at most the room of the parameters: where all of them need more, the
+        readers are visited in groups, each in a forward pass of its own.
+Source  Hassibi & Stork 1993 (optimal brain surgeon); Kurtic et al. 2023, "ZipLM: Inference-Aware Structured Pruning of
+        Language Models", arXiv 2302.04089, equations 2 and 3; with the bias solved too, as reconstruction does
+
+Derivation. Solving the bias along with W is solving W for inputs less their mean, so with a bias H is the covariance. λ
+is ``ridge`` times the mean of its diagonal; it holds the weights where they are, so few tokens cannot make a unit look
+replaceable, and it counts λ |W[:, S]|^2 as part of the error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...models.layers import matrix
+from .evidence import Evidence
+from .readers import Moments
+from .weights import places
+
+NEEDS = ("grams", "moves")
+
+
+def score(evidence: Evidence, *, ridge: float = 1e-4) -> Tensor:
+    """The mean squared error, summed over outputs and readers, float64 [num_units]; ``ridge`` is λ in units of the mean
+    diagonal of H."""
+    module, structure = evidence.workload.module, evidence.workload.structure
+    scores = torch.zeros(structure.num_units, dtype=torch.float64)
+    for name, moments in evidence.grams():
+        reader = module.get_submodule(name)
+        weight = matrix(reader).detach().double()
+        inverse = _inverse(moments, centred=reader.bias is not None, ridge=ridge)
+        for site, place in structure.slices():
+            for cut in site.gates:
+                if cut.layer == name:
+                    owner, own = torch.tensor(site.parts), places(reader, site, cut)
+                    scores[place] += torch.stack(
+                        [error(inverse, weight, own[owner == unit].flatten()) for unit in range(site.count)]
+                    )
+    for site, place in structure.slices():
+        if site.kind == "block":
+            scores[place] = evidence.seen.moved[site.block].value
+    return scores
+
+
+def error(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+    """Σ_rows W[:, S] (H⁻¹[S, S])⁻¹ W[:, S]ᵀ for the columns S, from H⁻¹ and W."""
+    own = weight[:, columns]
+    solved: Tensor = torch.linalg.solve(inverse[columns[:, None], columns], own.T)
+    return (own * solved.T).sum()
+
+
+def _inverse(moments: Moments, *, centred: bool, ridge: float) -> Tensor:
+    """(mean x xᵀ + λ I)⁻¹ in float64, of the inputs or of what they differ by from their mean."""
+    assert moments.gram is not None
+    gram = moments.gram.double()
+    if centred:
+        mean = moments.mean.double()
+        gram -= torch.outer(mean, mean)
+    weight = ridge * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    gram.diagonal().add_(weight)
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram))
