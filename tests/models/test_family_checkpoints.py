@@ -151,7 +151,8 @@ def test_uniform_loads_without_edgepress(small_model: Any, tmp_path: Path) -> No
         assert (ours - theirs).abs().max() < 1e-5, name  # some constants are float32 in one and float64 in the other
         again = checkpoint.read(folder, Data.empty())
         with torch.inference_mode():
-            assert torch.equal(again.forward(model.example), ours), name
+            # the library computes some norms in float32, the small models in conftest.py in float64
+            assert (again.forward(model.example) - ours).abs().max() < 1e-5, name
 
 
 def test_what_no_configuration_can_say_is_refused(small_model: Any, tmp_path: Path) -> None:
