@@ -35,7 +35,7 @@ def test_the_verbs_one_after_the_other(edgepress: Any, model_folder: Path, revie
     found = run("inspect", model_folder, *data)
     assert len(found["blocks"]) == 3
     scored = run("score", model_folder, *data, "--method", "taylor", "-o", tmp_path / "scores.json")
-    assert len(scored["units"]) == 3 * (4 + 128 + 1)
+    assert len(scored["units"]) == 3 * (4 + 128 + 1) + 64
     assert json.loads((tmp_path / "scores.json").read_text()) == scored
     pruned = run("prune", model_folder, *data, "--ratio", "0.5", "-o", tmp_path / "pruned")
     assert pruned["params_after"] < pruned["params_before"]

@@ -1,8 +1,8 @@
 """A small vision transformer on Fashion-MNIST.
 
 What    ViT on 28 x 28 grey images in 16 patches (0.67 M parameters, 5 layers, 4 heads, hidden 128). It was trained here
-        by ``recipes/vit_fashion.py`` in ten minutes on one core; ``weights/vit-fashion`` has its weights, in half
-        precision, and the log of the training.
+        by ``recipes/vit_fashion.py`` in eight and a half minutes on one core; ``weights/vit-fashion`` has its weights,
+        in half precision, and the log of the training.
 Rows    As in ``fashion.py``: evaluation is the 9,176 official test images that the package has, none of which was
         trained on. 512 of the others are for calibration.
 Source  Dosovitskiy et al. 2020 (arXiv 2010.11929); Xiao et al. 2017 (arXiv 1708.07747) for the images.
@@ -26,7 +26,7 @@ ENTRY = Entry(
     origin="trained for edgepress; Zalando, from fashion-mnist",
     licence="Apache-2.0 (weights), MIT (rows)",
     params=672_650,
-    quality=Quality("accuracy", 0.0, 0.0, 0.0, 9176),
+    quality=Quality("accuracy", 87.18, 86.50, 87.84, 9176),
     packages=(fashion.CLOTHES,),
 )
 CONFIG: dict[str, Any] = {

@@ -56,7 +56,7 @@ def test_reconstruction_brings_outputs_closer(workload: Any) -> None:
     pruned = ep.prune(workload, ep.score(workload, "magnitude"), ratio={"head": 0.5, "ffn": 0.5, "block": 0.34})
     before = {name: tensor.clone() for name, tensor in pruned.module.state_dict().items()}
     solved = reconstruct(workload, pruned, rows=512)
-    assert _error(workload, solved) < 0.7 * _error(workload, pruned)
+    assert _error(workload, solved) < 0.8 * _error(workload, pruned)
     assert all(torch.equal(before[name], tensor) for name, tensor in pruned.module.state_dict().items())
 
 

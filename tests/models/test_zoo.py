@@ -29,7 +29,7 @@ def test_the_head_has_learned(minilm: Any) -> None:
             return [minilm.forward({name: torch.from_numpy(array) for name, array in feeds.items()}).numpy()]
 
     quality = of_session(run, minilm)
-    assert quality["low"] > 70
+    assert quality.low > 70
 
 
 def test_a_package_that_differs_from_its_pin_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
