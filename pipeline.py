@@ -112,7 +112,7 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
         ).judged_by(recipe.metric)
         workload = metrics.for_artifacts(workload)
         if not len(workload.data.evaluation):
-            raise InputError(f"{recipe.model} can only be judged on labelled rows: give them with --data.")
+            raise InputError(f"{recipe.model} can only be judged on rows: give them with --data.")
     if "input_ids" in workload.example and recipe.measure.sequence > workload.max_length:
         raise UsageError(f"Sequence {recipe.measure.sequence} is longer than the model's {workload.max_length} tokens.")
     run = _Run(out, recipe, workload, show, target)

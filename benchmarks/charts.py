@@ -10,23 +10,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.measures import KNOWN
+
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 48
+FILE_STYLE = (
+    "svg{background:#fff}.grid{stroke:#e2e4e7}.tick,.title{fill:#60646c;font-size:12px}"
+    ".label{fill:#1c2024;font-size:12px}.frontier{fill:none;stroke:#60646c;stroke-dasharray:4 4}"
+    ".point{fill:#5b6b8c;fill-opacity:.45;stroke:#5b6b8c}.curve{fill:none;stroke:#5b6b8c}"
+)
+"""What the pages' style sheet says of the charts that are also files."""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that cover [low, high]."""
+    """Round numbers that cover [low, high], two at least."""
     span = high - low or abs(low) or 1.0
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
-    return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    first = math.floor(low / step)
+    return [step * i for i in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
 class _Plane:
     """Axes: data to picture, with grid and labels."""
 
-    def __init__(self, xs: Sequence[float], ys: Sequence[float], x_title: str, y_title: str) -> None:
+    def __init__(
+        self, xs: Sequence[float], ys: Sequence[float], x_title: str, y_title: str, *, right: int = RIGHT
+    ) -> None:
+        self.right = WIDTH - right
         self.x_ticks, self.y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
         self.parts: list[str] = []
         for value in self.x_ticks:
@@ -35,9 +47,9 @@ class _Plane:
             self.text(x, HEIGHT - BOTTOM + 18, f"{value:g}", "middle")
         for value in self.y_ticks:
             y = self.y(value)
-            self.parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            self.parts.append(f'<line class="grid" x1="{LEFT}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             self.text(LEFT - 8, y + 4, f"{value:g}", "end")
-        self.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_title, "middle", "title")
+        self.text((LEFT + self.right) / 2, HEIGHT - 8, x_title, "middle", "title")
         self.parts.append(
             f'<text class="title" text-anchor="middle" transform="translate(16 {HEIGHT / 2}) rotate(-90)">'
             f"{escape(y_title)}</text>"
@@ -45,7 +57,7 @@ class _Plane:
 
     def x(self, value: float) -> float:
         low, high = self.x_ticks[0], self.x_ticks[-1]
-        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - low) / (high - low) * (self.right - LEFT)
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
@@ -69,6 +81,22 @@ def _svg(width: float, height: float, title: str, body: str) -> str:
     )
 
 
+def standalone(svg: str) -> str:
+    """``svg`` as a file of its own, in the light colours of the pages."""
+    head, rest = svg.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"><style>{FILE_STYLE}</style>{rest}\n'
+
+
+def growth(xs: Sequence[float], ys: Sequence[float], x_title: str, y_title: str, title: str) -> str:
+    """Points, and the straight line that fits them best."""
+    plane = _Plane([0.0, *xs], [0.0, *ys], x_title, y_title)
+    slope, rest = np.polyfit(xs, ys, 1)
+    plane.line([(x, slope * x + rest) for x in (min(xs), max(xs))], "frontier")
+    for x, y in zip(xs, ys, strict=True):
+        plane.parts.append(f'<circle class="point" cx="{plane.x(x):.1f}" cy="{plane.y(y):.1f}" r="5"/>')
+    return plane.svg(title)
+
+
 def pareto(rows: Sequence[dict[str, Any]], chosen: str | None) -> str:
     """Quality against median latency with both intervals; the area of a circle is the size on disk."""
     judged = [row for row in rows if row["quality"]]
@@ -76,12 +104,14 @@ def pareto(rows: Sequence[dict[str, Any]], chosen: str | None) -> str:
         return "<p>No quality was measured.</p>"
     xs = [0.0, *(row["latency_ms"]["p90"] for row in judged)]
     ys = [bound for row in judged for bound in (row["quality"]["low"], row["quality"]["high"])]
-    plane = _Plane(xs, ys, "median latency, ms", judged[0]["quality"]["metric"])
+    metric = judged[0]["quality"]["metric"]
+    better = KNOWN[metric].better if metric in KNOWN else 1
+    plane = _Plane(xs, ys, "median latency, ms", metric)
     biggest = max(row["size_bytes"] for row in judged)
-    order = sorted(judged, key=lambda row: (row["latency_ms"]["p50"], -row["quality"]["value"]))
+    order = sorted(judged, key=lambda row: (row["latency_ms"]["p50"], -better * row["quality"]["value"]))
     frontier: list[tuple[float, float]] = []
     for row in order:
-        if not frontier or row["quality"]["value"] > frontier[-1][1]:
+        if not frontier or better * row["quality"]["value"] > better * frontier[-1][1]:
             frontier.append((row["latency_ms"]["p50"], row["quality"]["value"]))
     plane.line(frontier, "frontier")
     taken: list[float] = []
@@ -131,6 +161,39 @@ def training(trace: Sequence[dict[str, float]]) -> str:
     plane = _Plane([x for x, _ in points], [0.0, *(y for _, y in points)], "step", "distillation loss")
     plane.line(points, "curve chosen")
     return plane.svg("Loss during recovery")
+
+
+HUES = 7
+"""Colours of the style sheet, ``hue0`` and on; what comes after them has them again, dashed."""
+
+
+def curves(names: Sequence[str], xs: Sequence[float], lines: Sequence[Sequence[float]], axes: tuple[str, str]) -> str:
+    """A curve for each name through the values at ``xs``, labelled on the right at its end."""
+    plane = _Plane(xs, [0.0, *(y for line in lines for y in line)], *axes, right=24 + 8 * max(map(len, names)))
+    ends = _spread([plane.y(line[-1]) for line in lines], TOP, HEIGHT - BOTTOM)
+    for number, (name, line, end) in enumerate(zip(names, lines, ends, strict=True)):
+        style = f"series hue{number % HUES}{' dashed' if number // HUES % 2 else ''}"
+        points = [(plane.x(a), plane.y(b)) for a, b in zip(xs, line, strict=True)]
+        label = (points[-1][0] + 14, end)
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*points, label))
+        said = ", ".join(f"{b:.3g} at {a:g}" for a, b in zip(xs, line, strict=True))
+        plane.parts.append(f'<g class="{style}"><title>{escape(f"{name}: {said}")}</title><polyline points="{path}"/>')
+        plane.parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
+        plane.parts.append("</g>")
+        plane.text(label[0] + 4, end + 4, name, "start", "label")
+    return plane.svg(f"{axes[1]} against {axes[0]}")
+
+
+def _spread(places: Sequence[float], low: float, high: float, apart: float = 14) -> list[float]:
+    """``places``, moved as far as it takes for them to be so far apart, in [low, high]."""
+    apart = min(apart, (high - low) / max(1, len(places) - 1))
+    order = np.argsort(places, kind="stable")
+    steps = np.arange(len(places)) * apart
+    free = np.asarray(places, dtype=np.float64)[order] - steps
+    down = np.clip(np.maximum.accumulate(free), low, high - steps[-1]) + steps
+    found = np.empty(len(places))
+    found[order] = down
+    return [float(place) for place in found]
 
 
 def heat_map(kind: str, counts: dict[int, int], gone: dict[int, set[int]], blocks: set[int], values: Any) -> str:
@@ -305,8 +368,55 @@ def influence(labels: Sequence[str], values: Sequence[float], tips: Sequence[str
     return plane.svg("Block influence")
 
 
-def cells(labels: Sequence[str], rows: Sequence[Sequence[float | None]], title: str, columns: Sequence[str]) -> str:
-    """Values from 0 to 1 as shades, a row for each label; ``columns`` stand above the cells."""
+def intervals(
+    labels: Sequence[str],
+    entries: Sequence[tuple[float | None, float | None, float | None]],
+    title: str,
+    *,
+    limit: float | None = None,
+) -> str:
+    """A dot for each value, with its interval (value, low, high) as a line; those that are None are left out. ``limit``
+    is what a value could be at most."""
+    plane = _Rows(["", *labels], below=46)
+    known = [bound for entry in entries for bound in entry if bound is not None]
+    scale = ticks(min([0.0, *known]), max([1.0, *known]))
+    span = plane.right - plane.left
+
+    def x(value: float) -> float:
+        return plane.left + (value - scale[0]) / (scale[-1] - scale[0]) * span
+
+    rows = len(labels) + 1
+    for tick in scale:
+        plane.parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{ROW}" y2="{rows * ROW}"/>')
+        plane.text(x(tick), rows, f"{tick:.2g}", "middle")
+    plane.text(plane.left + span / 2, rows + 0.85, title, "middle", "title")
+    if limit is not None:
+        plane.parts.append(f'<path class="frontier" d="M{x(limit):.1f} {ROW}V{rows * ROW}"/>')
+        plane.text(x(limit), 0, f"ceiling {limit:.2f}", "end")
+    best = max((entry[0] for entry in entries if entry[0] is not None), default=None)
+    for row, (label, (value, low, high)) in enumerate(zip(labels, entries, strict=True), 1):
+        if value is None:
+            plane.text(plane.left + 4, row, "not known")
+            continue
+        tip = f"{label}: {value:.3f}"
+        if low is not None and high is not None:
+            tip += f" [{low:.3f}, {high:.3f}]"
+            plane.parts.append(f'<path class="whisker" d="M{x(low):.1f} {row * ROW + ROW / 2}H{x(high):.1f}"/>')
+        plane.dot(x(value), row, "point chosen" if value == best else "point", 5, tip)
+    return plane.svg(title)
+
+
+def cells(
+    labels: Sequence[str],
+    rows: Sequence[Sequence[float | None]],
+    title: str,
+    columns: Sequence[str],
+    *,
+    scale: float = 1.0,
+    tips: Sequence[Sequence[str]] | None = None,
+) -> str:
+    """Values from 0 to ``scale`` as shades, a row for each label; ``columns`` stand above the cells, and each of
+    ``tips`` says what a cell is."""
     plane = _Rows(["", *labels], right=4)
     width = min(54.0, (plane.right - plane.left) / max(1, len(columns)))
     every = math.ceil(8 * max((len(name) for name in columns), default=1) / width)
@@ -315,9 +425,9 @@ def cells(labels: Sequence[str], rows: Sequence[Sequence[float | None]], title: 
             plane.text(plane.left + (place + 0.5) * width, 0, name, "middle")
     for row, (label, values) in enumerate(zip(labels, rows, strict=True), 1):
         for place, value in enumerate(values):
-            shade = 0.0 if value is None else min(max(value, 0.0), 1.0)
+            shade = 0.0 if value is None else min(max(value / scale, 0.0), 1.0)
             shown = "none" if value is None else f"{value:.3f}"
-            tip = f"{label}, {columns[place]}: {shown}"
+            tip = tips[row - 1][place] if tips else f"{label}, {columns[place]}: {shown}"
             plane.box(plane.left + place * width, row, width - 2, 0.04 + 0.86 * shade, tip)
             if width >= 34 and value is not None:
                 middle = plane.left + (place + 0.5) * width - 1

@@ -73,7 +73,8 @@ def headline(summary: Row, original: Row, results: Sequence[Row]) -> str:
 
 
 def _markdown(summary: Row, original: Row, results: Sequence[Row]) -> str:
-    lines = [f"# {summary['name']} on {summary['target']}", "", headline(summary, original, results), ""]
+    said = (headline(summary, original, results), _judged(original["quality"]))
+    lines = [f"# {summary['name']} on {summary['target']}", "", " ".join(filter(None, said)), ""]
     lines += [tables.markdown(original, results, summary["chosen"])]
     for title, entries in (("Kept", summary["kept"]), ("Refused", summary["refused"])):
         lines += [f"## {title}", "", *(f"- {e['variant']}: {e['reason']}" for e in entries), ""]

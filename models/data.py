@@ -41,6 +41,13 @@ class Batch:
     labels: Tensor | None
     """[batch] of int64 (classes) or float32 (numbers), or [batch, tokens] of int64 with ``NO_LABEL`` for none."""
 
+    def one_by_one(self) -> Iterator[Batch]:
+        """Each row as a batch of its own, padded as here."""
+        for place in range(len(self.rows)):
+            part = slice(place, place + 1)
+            labels = None if self.labels is None else self.labels[part]
+            yield Batch(self.rows[part], {name: tensor[part] for name, tensor in self.inputs.items()}, labels)
+
 
 @dataclass(frozen=True)
 class Lazy(Sequence[Array]):

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InputError, UnavailableError
-from . import media, sources, tasks
+from . import cells, media, sources, tasks
 from .data import NO_LABEL, SPLITS, Array, Data, Ints, Labels, Lazy, Rows, key_of, split
 from .skeleton import Skeleton
 from .sources import NO_COLUMN, Table
 from .tasks import Task
-
-if TYPE_CHECKING:
-    from .workload import Workload
+from .workload import VOCABULARIES, Workload
 
 
 @dataclass(frozen=True)
@@ -44,17 +40,33 @@ class Reader:
     def task(self) -> Task:
         return tasks.of(self.skeleton.architecture, self.skeleton.config, len(self.skeleton.labels))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a decoder, which classifies a text by its last token."""
+        return self.skeleton.family.name in {"gpt2", "llama"}
+
+    def check(self, rows: Rows) -> None:
+        """Raise InputError where a token is none of those that the model knows."""
+        config = self.skeleton.config
+        known = config.get("text_config", config).get("vocab_size", 1 << 62)
+        tokens = (rows.inputs.get(name, ()) for name in ("input_ids", "decoder_input_ids") if self.folder)
+        most = max((int(ids.max()) for of_rows in tokens for ids in of_rows if len(ids)), default=0)
+        if most >= known:
+            raise InputError(f"The tokenizer in {self.folder} makes token {most}; the model knows {known}, from 0 on.")
+
 
 def load(data: str, reader: Reader, *, columns: Mapping[str, str] | None = None, seed: int = 0) -> Data:
     """The rows called ``data`` as ``reader``'s model takes them, in three splits.
 
     Raises InputError, naming the rows' origin, for anything in them that does not fit the model.
     """
-    named = columns or {}
+    own = {} if reader.folder else {name: name for name in reader.example}
+    named = {**own, **(columns or {})}
     table = sources.read(data, named, seed=seed)
     if reader.skeleton.config.get("problem_type") == "multi_label_classification":
         raise UnavailableError("Rows with several labels each cannot be judged in this version.")
     rows, names, of_row = _rows(table, named, reader)
+    reader.check(rows)
     held_out = table.held_out[of_row] if table.held_out is not None else None
     try:
         return split(rows, names, default_metric(rows, reader), held_out=held_out, seed=seed)
@@ -74,17 +86,25 @@ def with_rows(
     origin = f"{workload.origin} and {data}"
     workload = replace(workload, data=rows, example=example, origin=origin)
     if folder is None and workload.task is tasks.CLASSIFICATION:
-        with torch.no_grad():
-            classes = workload.forward(example).shape[-1]
-        most = max(
-            int(part.classes.max())
-            for part in (rows.train, rows.calibration, rows.evaluation)
-            if part.classes is not None
-        )
-        if most >= classes:
-            raise InputError(f"{data}: a row has class {most}, and the model tells {classes} classes apart, from 0 on.")
+        classes = _answer(workload, data).shape[-1]
+        seen = {label for name in SPLITS for label in getattr(rows, name).labels.tolist()}
+        strange = [label for label in seen if not 0 <= label < classes]
+        if strange:
+            raise InputError(
+                f"{data}: a row has class {max(strange)}, and the model tells {classes} classes apart, from 0 on."
+            )
         workload = replace(workload, skeleton=replace(workload.skeleton, labels=tuple(map(str, range(classes)))))
     return workload
+
+
+def _answer(workload: Workload, data: str) -> Tensor:
+    """What a function's module answers to a row; InputError where it fails."""
+    try:
+        with torch.no_grad():
+            return workload.forward(next(workload.data.evaluation.batches(1)).inputs)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{data}: {workload.name} fails on a row with {why}.") from error
 
 
 def fitted(data: Data, module: nn.Module, example: Mapping[str, Tensor]) -> tuple[Data, dict[str, Tensor]]:
@@ -125,16 +145,7 @@ def _rows(table: Table, columns: Mapping[str, str], reader: Reader) -> tuple[Row
     texts: tuple[str, ...] = ()
     labels: Any = None
     if "input_ids" in reader.example:
-        tokenizer = load_tokenizer(reader.folder)
-        parts = [_words(table, "text", columns)]
-        if "text_pair" in columns or "text_pair" in table.columns:
-            parts.append(_words(table, "text_pair", columns))
-        encoded = tokenizer(*parts, truncation=True, max_length=reader.max_length, return_attention_mask=False)
-        inputs["input_ids"] = _ids(encoded["input_ids"])
-        pads["input_ids"] = int(tokenizer.pad_token_id or 0)
-        if len(parts) > 1 and "token_type_ids" in encoded:
-            inputs["token_type_ids"] = _ids(encoded["token_type_ids"])
-        names = ["\0".join(row).encode() for row in zip(*parts, strict=True)]
+        inputs, pads, names = _texts(table, columns, reader)
     if "pixel_values" in reader.example:
         values = sources.column(table, "image", columns)
         channels = reader.example["pixel_values"].shape[1]
@@ -149,7 +160,7 @@ def _rows(table: Table, columns: Mapping[str, str], reader: Reader) -> tuple[Row
     if reader.task is tasks.GENERATION:
         field = "target" if "input_ids" in reader.example else "text"
         if _has_labels(table, columns, field, reader):
-            texts = tuple(_words(table, field, columns))
+            texts = tuple(cells.texts(table, field, columns))
             labels, inputs["decoder_input_ids"] = _targets(texts, reader)
         else:
             inputs["decoder_input_ids"] = _starts(len(table), reader)
@@ -161,28 +172,29 @@ def _rows(table: Table, columns: Mapping[str, str], reader: Reader) -> tuple[Row
     return Rows(inputs, labels, tuple(keys), pads, texts), names, everything
 
 
+def _texts(
+    table: Table, columns: Mapping[str, str], reader: Reader
+) -> tuple[dict[str, Sequence[Array]], dict[str, float], list[bytes]]:
+    """The tokens of each text, or pair of texts, their padding, and the texts."""
+    assert reader.folder is not None
+    tokenizer = load_tokenizer(reader.folder)
+    parts = [cells.texts(table, "text", columns)]
+    if "text_pair" in columns or "text_pair" in table.columns:
+        parts.append(cells.texts(table, "text_pair", columns))
+    encoded = tokenizer(*parts, truncation=True, max_length=reader.max_length, return_attention_mask=False)
+    inputs: dict[str, Sequence[Array]] = {"input_ids": _ids(encoded["input_ids"])}
+    if len(parts) > 1 and "token_type_ids" in encoded:
+        inputs["token_type_ids"] = _ids(encoded["token_type_ids"])
+    names = ["\0".join(row).encode() for row in zip(*parts, strict=True)]
+    return inputs, {"input_ids": _pad(tokenizer, reader)}, names
+
+
 def _shape(reader: Reader, name: str) -> tuple[int, ...]:
     return tuple(reader.example[name].shape[1:])
 
 
 def _ids(lists: Sequence[Sequence[int]]) -> tuple[Ints, ...]:
     return tuple(np.array(ids, dtype=np.int64) for ids in lists)
-
-
-def _words(table: Table, field: str, columns: Mapping[str, str]) -> list[str]:
-    """A column of texts, none of them empty."""
-    values = sources.column(table, field, columns)
-    return [str(value) for value in _filled(values, table, columns.get(field, field))]
-
-
-def _filled(values: Sequence[Any], table: Table, name: str) -> list[Any]:
-    listed = [values[i] for i in range(len(values))]
-    empty = [i for i, value in enumerate(listed) if value is None or (isinstance(value, str) and not value)]
-    if empty:
-        raise InputError(
-            f"{table.origin}: {len(empty)} rows have nothing in '{name}', the first is row {empty[0] + 1}."
-        )
-    return listed
 
 
 def _has_labels(table: Table, columns: Mapping[str, str], field: str, reader: Reader) -> bool:
@@ -195,55 +207,10 @@ def _has_labels(table: Table, columns: Mapping[str, str], field: str, reader: Re
 
 def _labels(table: Table, columns: Mapping[str, str], reader: Reader) -> Array:
     name = columns.get("label", "label")
-    values = _filled(sources.column(table, "label", columns), table, name)
+    values = cells.filled(sources.column(table, "label", columns), table, name)
     if reader.task is tasks.REGRESSION:
-        return _numbers(values, table, name)
-    return label_indices(_as_words(values, table), reader.skeleton.labels, table)
-
-
-def _numbers(values: Sequence[Any], table: Table, name: str) -> NDArray[np.float32]:
-    try:
-        numbers = np.array([float(value) for value in values], dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{table.origin}: '{name}' must hold numbers for this model ({error}).") from error
-    if not np.isfinite(numbers).all():
-        row = int(np.flatnonzero(~np.isfinite(numbers))[0]) + 1
-        raise InputError(f"{table.origin}: the number in '{name}' of row {row} is not finite.")
-    return numbers
-
-
-def _as_words(values: Sequence[Any], table: Table) -> list[str]:
-    """Labels as words: whole numbers by the names that the source gives them, if it does."""
-    words = [str(int(v)) if isinstance(v, (float, np.floating)) and v == int(v) else str(v) for v in values]
-    by_number = {str(i): name for i, name in enumerate(table.label_names)}
-    return [by_number.get(word, word) for word in words] if table.label_names else words
-
-
-def label_indices(words: Sequence[str], names: Sequence[str], table: Table) -> Ints:
-    """Label words as indices of the model's ``names``: by name, or as the integers 0 … n-1, or 1 … n where all n occur.
-
-    Where the model's names say nothing (LABEL_0 …), the source's own names stand in their order. Raises InputError
-    where a word fits neither, or where all rows have one label.
-    """
-    counts = Counter(words)
-    if len(counts) < 2:
-        raise InputError(
-            f"{table.origin}: all {len(words)} rows have the label '{words[0]}'; at least two labels are needed."
-        )
-    by_name = {name.lower(): index for index, name in enumerate(names)}
-    by_number = {str(index): index for index in range(len(names))}
-    from_one = {str(index + 1): index for index in range(len(names))}
-    ways = [by_name, by_number, from_one]
-    if all(name == f"LABEL_{index}" for index, name in enumerate(names)) and len(table.label_names) == len(names):
-        ways.append({name.lower(): index for index, name in enumerate(table.label_names)})
-    for known in ways:
-        if set(map(str.lower, counts)) <= set(known) and (known is not from_one or len(counts) == len(names)):
-            return np.array([known[word.lower()] for word in words], dtype=np.int64)
-    strange = next((word for word in counts if word.lower() not in by_name and word not in by_number), "")
-    raise InputError(
-        f"{table.origin}: the label '{strange}' ({counts[strange]} rows) is not one of the model's {len(names)} "
-        f"labels: {', '.join(names)}, or 0 to {len(names) - 1}."
-    )
+        return cells.numbers(values, table, name)
+    return cells.classes(cells.words(values, table), reader.skeleton.labels, table)
 
 
 # ---- token by token
@@ -256,7 +223,7 @@ def _language(table: Table, columns: Mapping[str, str], reader: Reader) -> tuple
     """
     assert reader.folder is not None
     tokenizer = load_tokenizer(reader.folder)
-    texts = _words(table, "text", columns)
+    texts = cells.texts(table, "text", columns)
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
     windows = [
         (row, np.array(ids[start : start + reader.max_length], dtype=np.int64))
@@ -268,7 +235,7 @@ def _language(table: Table, columns: Mapping[str, str], reader: Reader) -> tuple
     if not reader.skeleton.architecture.endswith("ForMaskedLM"):
         labels = tuple(np.append(ids[1:], NO_LABEL) for _, ids in windows)
     ids = tuple(ids for _, ids in windows)
-    pads = {"input_ids": float(tokenizer.pad_token_id or 0)}
+    pads = {"input_ids": _pad(tokenizer, reader)}
     names = [texts[row].encode() for row, _ in windows]
     of_row = np.array([row for row, _ in windows], dtype=np.int64)
     return Rows({"input_ids": ids}, labels, tuple(map(key_of, ids)), pads), names, of_row
@@ -278,21 +245,21 @@ def _tokens(table: Table, columns: Mapping[str, str], reader: Reader) -> tuple[R
     """Words with a class each; of a word's tokens the first has its label (Devlin et al. 2018, section 5.3)."""
     assert reader.folder is not None
     tokenizer = load_tokenizer(reader.folder)
-    words = [_listed(value) for value in _filled(sources.column(table, "tokens", columns), table, "tokens")]
+    words = [_listed(value) for value in cells.filled(sources.column(table, "tokens", columns), table, "tokens")]
     options = {"truncation": True, "max_length": reader.max_length, "return_attention_mask": False}
     encoded = tokenizer(words, is_split_into_words=True, **options)
     ids = _ids(encoded["input_ids"])
-    pads = {"input_ids": float(tokenizer.pad_token_id or 0)}
+    pads = {"input_ids": _pad(tokenizer, reader)}
     names = [" ".join(row).encode() for row in words]
     labels = None
     if _has_labels(table, columns, "label", reader):
-        tags = [_listed(value) for value in _filled(sources.column(table, "label", columns), table, "label")]
+        tags = [_listed(value) for value in cells.filled(sources.column(table, "label", columns), table, "label")]
         uneven = next((i for i, (w, t) in enumerate(zip(words, tags, strict=True)) if len(w) != len(t)), None)
         if uneven is not None:
             raise InputError(
                 f"{table.origin}: row {uneven + 1} has {len(words[uneven])} tokens and {len(tags[uneven])} labels."
             )
-        flat = label_indices(_as_words([t for row in tags for t in row], table), reader.skeleton.labels, table)
+        flat = cells.classes(cells.words([t for row in tags for t in row], table), reader.skeleton.labels, table)
         per_row = np.split(flat, np.cumsum([len(row) for row in tags])[:-1])
         labels = tuple(_of_first(encoded.word_ids(row), known) for row, known in enumerate(per_row))
     return Rows({"input_ids": ids}, labels, tuple(map(key_of, ids)), pads), names
@@ -331,6 +298,14 @@ def _start(reader: Reader) -> int:
     return start
 
 
+def _pad(tokenizer: Any, reader: Reader) -> float:
+    """The token that rows are filled up with: the model's own, where it has one, for some look for it."""
+    known = reader.skeleton.config.get("pad_token_id")
+    if known is None and reader.task in {tasks.CLASSIFICATION, tasks.REGRESSION} and reader.decodes:
+        raise InputError(f"{reader.folder}: config.json names no pad_token_id, by which the model finds a text's end.")
+    return float(known if known is not None and known >= 0 else tokenizer.pad_token_id or 0)
+
+
 def tokenise(texts: Sequence[str], labels: Labels, tokenizer: Any, max_length: int) -> Rows:
     """Rows of at most ``max_length`` tokens; longer texts lose their end."""
     ids = _ids(tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"])
@@ -341,6 +316,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer in ``folder``; nothing is downloaded and no code from the folder is run."""
     import transformers
 
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # the library would make one without words
+        raise InputError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}.")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
@@ -351,7 +328,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _arrays(table: Table, columns: Mapping[str, str], reader: Reader) -> tuple[Rows, list[bytes]]:
-    """Arrays by the names of a function's inputs, of the shapes of its example; images of bytes as shares of 255."""
+    """Arrays by the names of a function's inputs, of the shapes of its example; images of bytes as shares of 255.
+
+    Classes are numbers, or folders' names in the order of the alphabet, as torchvision's ``ImageFolder`` counts them.
+    """
     inputs: dict[str, Sequence[Array]] = {}
     for name, like in reader.example.items():
         single = {"image"} & set(table.columns) if len(reader.example) == 1 and name not in table.columns else set()
@@ -359,8 +339,11 @@ def _arrays(table: Table, columns: Mapping[str, str], reader: Reader) -> tuple[R
         inputs[name] = Lazy(values, _shaper(table.origin, name, like))
     labels: Array | None = None
     if _has_labels(table, columns, "label", replace(reader, example={**reader.example, "image": Tensor()})):
-        values = _filled(sources.column(table, "label", columns), table, "label")
-        numbers = _numbers(_as_words(values, Table(table.origin, {})), table, "label")
+        values = cells.filled(sources.column(table, "label", columns), table, "label")
+        names = table.label_names
+        if all(value in names for value in values) and not all(name.isdecimal() for name in names):
+            values = [names.index(value) for value in values]
+        numbers = cells.numbers(cells.words(values, Table(table.origin, {})), table, "label")
         whole = np.asarray(values).dtype.kind != "f" and bool((numbers == numbers.astype(np.int64)).all())
         labels = numbers.astype(np.int64) if whole else numbers
     keys = [key_of(*(values[row] for values in inputs.values())) for row in range(len(table))]
@@ -372,14 +355,20 @@ def _shaper(origin: str, name: str, like: Tensor) -> Callable[[Any], Array]:
     shape = tuple(like.shape[1:])
 
     def shaped(value: Any) -> Array:
-        array = np.asarray(media.pixels(value) if isinstance(value, Path) else value)
-        if array.size != int(np.prod(shape)):
-            raise InputError(
-                f"{origin}: a row of '{name}' has shape {list(array.shape)}, the model takes {list(shape)}."
-            )
-        if array.dtype == np.uint8 and np.issubdtype(kind, np.floating):
-            array = array / 255
-        result: Array = np.ascontiguousarray(array.reshape(shape), dtype=kind)
+        try:
+            array = np.asarray(media.pixels(value, shape) if isinstance(value, (Path, bytes)) else value)
+            if array.ndim == 3 and (array.shape[2], *array.shape[:2]) == shape:
+                array = np.moveaxis(array, 2, 0)  # images are kept with their channels last
+            fits = array.ndim < 2 or [n for n in array.shape if n != 1] == [n for n in shape if n != 1]
+            if not fits or array.size != int(np.prod(shape)):
+                raise ValueError(f"it has shape {list(array.shape)}, the model takes {list(shape)}")
+            if array.dtype == np.uint8 and np.issubdtype(kind, np.floating):
+                array = array / 255
+            result: Array = np.ascontiguousarray(array.reshape(shape), dtype=kind)
+            if np.isnan(result).any():
+                raise ValueError("it holds NaN")
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{origin}: a row of '{name}' cannot be used: {error}.") from error
         return result
 
     return shaped

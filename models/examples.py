@@ -22,13 +22,16 @@ def example(module: nn.Module, inputs: tuple[str, ...], length: int, rows: int =
     random = torch.Generator().manual_seed(seed)
     dtype = next(module.parameters()).dtype
     taken = inspect.signature(module.forward).parameters
+    classifies = type(module).__name__.endswith("Classification")  # an encoder-decoder then gives both sides one text
     made: dict[str, Tensor] = {}
     for name in inputs:
-        if name not in taken:
+        if name not in taken or (name.startswith("decoder") and classifies):
             continue
         if name.endswith("input_ids"):
             tokens = min(length, longest(config, decoder=name.startswith("decoder")))
             made[name] = torch.randint(3, text.vocab_size, (rows, tokens), generator=random)
+            if classifies and config.is_encoder_decoder:
+                made[name][:, -1] = config.eos_token_id  # there it reads its answer
         elif name == "attention_mask":
             made[name] = torch.ones_like(made["input_ids"])
         elif name == "pixel_values":

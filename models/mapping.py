@@ -63,7 +63,7 @@ def block_lists(module: nn.Module, family: Family) -> list[tuple[Blocks, str, nn
         (declared, path, child)
         for declared in family.blocks
         for path, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and re.search(_pattern(declared.path), path)
+        if isinstance(child, nn.ModuleList) and len(child) and re.search(_pattern(declared.path), path)
     ]
     if not found:
         wanted = ", ".join(f"'{declared.path}'" for declared in family.blocks)

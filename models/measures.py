@@ -51,8 +51,12 @@ def _share(hits: Any) -> Floats:
 
 
 def _mean(sums: Floats) -> Floats:
-    result: Floats = sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
-    return result
+    return _over(sums[..., 0], sums[..., 1])
+
+
+def _over(part: Floats, whole: Floats) -> Floats:
+    """``part / whole``, and NaN where there is nothing to judge."""
+    return np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan)
 
 
 def _accuracy(outputs: Any, labels: Any) -> Floats:
@@ -74,8 +78,13 @@ def _errors(outputs: Any, labels: Any) -> Floats:
 
 def _f1_of_classes(sums: Floats) -> Floats:
     hits, false, missed = np.split(sums, 3, axis=-1)
-    total = 2 * hits + false + missed
-    return np.where(total > 0, 200 * hits / np.where(total > 0, total, 1), np.nan)
+    return _over(200 * hits, 2 * hits + false + missed)
+
+
+def _errors_of_two(outputs: Any, labels: Any) -> Floats:
+    if outputs.shape[1] != 2:
+        raise InputError(f"f1 is of two classes, and the model tells {outputs.shape[1]} apart; f1-macro is of any.")
+    return _errors(outputs, labels)
 
 
 def _f1(sums: Floats) -> Floats:
@@ -86,8 +95,8 @@ def _f1(sums: Floats) -> Floats:
 
 def _f1_macro(sums: Floats) -> Floats:
     """The mean F1 of the classes that occur, as labels or as answers."""
-    result: Floats = np.nanmean(_f1_of_classes(sums), axis=-1)
-    return result
+    each = _f1_of_classes(sums)
+    return _over(np.nansum(each, axis=-1), (~np.isnan(each)).sum(axis=-1))
 
 
 def _matches(outputs: Any, labels: Any) -> Floats:
@@ -162,7 +171,7 @@ def _token_agreement(outputs: Sequence[Any], original: Sequence[Any]) -> Floats:
 
 def _token_errors(outputs: Sequence[Any], labels: Sequence[Any]) -> Floats:
     """Each row's true positives, false positives and false negatives of every class, over its tokens."""
-    classes = 1 + int(max(max(row[:, 0].max(), known.max()) for row, known in zip(outputs, labels, strict=True)))
+    classes = 1 + int(max(values.max(initial=0) for values in (*(row[:, 0] for row in outputs), *labels)))
     rows = []
     for output, known in zip(outputs, labels, strict=True):
         guessed, true = np.eye(classes)[output[:, 0].astype(np.int64)], np.eye(classes)[known[known >= 0]]
@@ -172,7 +181,7 @@ def _token_errors(outputs: Sequence[Any], labels: Sequence[Any]) -> Floats:
 
 
 def _perplexity(sums: Floats) -> Floats:
-    result: Floats = np.exp(_mean(sums))
+    result: Floats = np.exp(np.minimum(_mean(sums), 700))  # more is beyond a float
     return result
 
 
@@ -237,7 +246,7 @@ KNOWN = {
     for metric in (
         Metric("accuracy", _accuracy, _mean),
         Metric("top5", partial(_top, k=5), _mean),
-        Metric("f1", _errors, _f1),
+        Metric("f1", _errors_of_two, _f1),
         Metric("f1-macro", _errors, _f1_macro),
         Metric("matthews", _matches, _matthews),
         Metric("pearson", _moments, _correlation),

@@ -16,12 +16,15 @@ from ..errors import InputError, UnavailableError
 from ..files import sha256
 from ..plan import read_json
 
-PROCESSOR = "preprocessor_config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""The files in which a processor of images or recordings, or one of several things, is described."""
 Array = NDArray[Any]
 
 
 def digest(value: Any) -> bytes:
     """sha256 of a file's content, of bytes, or of an array."""
+    if isinstance(value, dict):
+        value = value.get("array")
     if isinstance(value, Path):
         try:
             return bytes.fromhex(sha256(value))
@@ -54,14 +57,19 @@ def _opened(value: Any, mode: str) -> Any:
         if isinstance(value, (Path, bytes)):
             with Image.open(value if isinstance(value, Path) else io.BytesIO(value)) as image:
                 return image.convert(mode)
-        return Image.fromarray(np.asarray(value)).convert(mode)
+        array = np.asarray(value)
+        if array.dtype != np.uint8:
+            raise ValueError(f"it holds {array.dtype}, not bytes from 0 to 255")
+        return Image.fromarray(array).convert(mode)
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{_name(value)} cannot be read as an image: {error}.") from error
 
 
-def pixels(path: Path) -> Array:
-    """The bytes of an image file, [height, width] or [height, width, channels]."""
-    result: Array = np.asarray(_opened(path, "RGB"))
+def pixels(value: Path | bytes, shape: tuple[int, ...]) -> Array:
+    """The bytes of an image for a model that takes ``shape``: [height, width] where that has one channel, else
+    [height, width, 3]."""
+    grey = len(shape) < 3 or 1 in {shape[0], shape[-1]}
+    result: Array = np.asarray(_opened(value, "L" if grey else "RGB"))
     return result
 
 
@@ -80,14 +88,18 @@ def audio_preparer(folder: Path, shape: tuple[int, ...]) -> Callable[[Any], Arra
 
 
 def samples_of(value: Any, rate: int) -> NDArray[np.float32]:
-    """A recording as one channel of float32 in [-1, 1], resampled to ``rate`` a second."""
+    """A recording as one channel of float32 in [-1, 1], resampled to ``rate`` a second.
+
+    An array is at that rate already, unless it comes as ``{"array": …, "sampling_rate": …}``.
+    """
     from scipy.signal import resample_poly
 
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("array")
-    if not isinstance(value, (Path, bytes)):
-        return np.asarray(value, dtype=np.float32)
-    samples, own_rate = _decoded(value)
+    if isinstance(value, (Path, bytes)):
+        samples, own_rate = _decoded(value)
+    elif isinstance(value, dict):
+        samples, own_rate = np.asarray(value.get("array"), dtype=np.float32), int(value.get("sampling_rate", rate))
+    else:
+        samples, own_rate = np.asarray(value, dtype=np.float32), rate
     mono = samples.mean(axis=1) if samples.ndim > 1 else samples
     common = int(np.gcd(rate, own_rate))
     mono = mono if own_rate == rate else resample_poly(mono, rate // common, own_rate // common)
@@ -116,17 +128,20 @@ def _wav(stream: Any, value: Path | bytes) -> tuple[Array, int]:
         rate, samples = wavfile.read(stream)
     except (ValueError, OSError) as error:
         raise InputError(f"{_name(value)} cannot be read as a recording: {error}.") from error
-    largest = np.iinfo(samples.dtype).max if np.issubdtype(samples.dtype, np.integer) else 1
-    return np.asarray(samples / largest, dtype=np.float32), int(rate)
+    if np.issubdtype(samples.dtype, np.integer):
+        middle = 128 if samples.dtype == np.uint8 else 0  # eight bits have no sign in a .wav file
+        samples = (samples.astype(np.float32) - middle) / (np.iinfo(samples.dtype).max + 1 - middle)
+    return np.asarray(samples, dtype=np.float32), int(rate)
 
 
 def _processor(folder: Path, kind: Any, what: str) -> Any:
     """The processor that ``folder`` describes; nothing is downloaded and no code from the folder is run."""
-    described = folder / PROCESSOR
-    if not described.is_file():
-        raise InputError(f"{folder} has no {PROCESSOR}, which says how {what} are made ready for the model.")
-    if "auto_map" in json.dumps(read_json(described)):
-        raise InputError(f"{described} asks for code of its own (auto_map), which edgepress does not run.")
+    described = [folder / name for name in PROCESSORS if (folder / name).is_file()]
+    if not described:
+        raise InputError(f"{folder} has no {PROCESSORS[0]}, which says how {what} are made ready for the model.")
+    asking = next((path for path in described if "auto_map" in json.dumps(read_json(path))), None)
+    if asking:
+        raise InputError(f"{asking} asks for code of its own (auto_map), which edgepress does not run.")
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ImportError as error:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import UnavailableError
+from ..errors import InputError, UnavailableError
 from . import generation, measures, tasks
 from .measures import Floats
 from .tasks import Answers, Task
@@ -85,14 +85,17 @@ def _interval(statistics: Floats, value: Callable[[Floats], Floats], seed: int) 
     comes, so that few levels cost little, however many the rows. The draws are the same for the same rows and seed.
     """
     levels, counts = np.unique(statistics, axis=0, return_counts=True)
+    whole = float(value(counts @ levels))
+    if np.isnan(whole):
+        raise InputError(f"The answers to {len(statistics)} rows cannot be judged: none has a label, or some are NaN.")
     random = np.random.default_rng(seed)
     chunk = max(1, min(RESAMPLES, CELLS // len(levels)))
     drawn = []
     for start in range(0, RESAMPLES, chunk):
         size = min(chunk, RESAMPLES - start)
         drawn.append(value(random.multinomial(len(statistics), counts / len(statistics), size=size) @ levels))
-    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
-    return float(value(counts @ levels)), float(low), float(high)
+    low, high = np.nanpercentile(np.concatenate(drawn), [2.5, 97.5])  # a draw may have nothing to judge
+    return whole, float(low), float(high)
 
 
 Run = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]

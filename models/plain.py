@@ -41,7 +41,10 @@ def plain_skeleton(workload: Workload) -> Skeleton:
             counts = {site.count for site in sites} | ({0} if len(sites) < len(blocks) and old else set())
             if len(counts) > 1:
                 listed = ", ".join(map(str, sorted(counts)))
-                raise UsageError(f"The {kind} counts of {path} differ between layers ({listed}): prune with --uniform.")
+                raise UsageError(
+                    f"The {kind} counts of {path} differ between layers ({listed}): prune a model with equal ones, and "
+                    f"with --uniform."
+                )
             if counts and counts != old:
                 _say(part, declared, sites, kind, family.name)
         _depth(part, declared, was, now, family.name)

@@ -11,18 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from ..errors import InputError, UnavailableError
+from ..errors import EdgepressError, InputError
 from ..plan import read_json
-from . import encode, hub, mapping, remote
+from . import adapters, encode, mapping, remote
 from .data import Data
 from .examples import example as make_example
 from .examples import longest
 from .skeleton import Skeleton, model_class
 from .workload import Workload, check_finite, model_files
 
-ADAPTER = "adapter_config.json"
 MAX_LENGTH = 128
 
 
@@ -40,20 +37,22 @@ def load(
 
     Raises InputError where the folder or the rows cannot be used, UnavailableError for other architectures.
     """
-    adapter = folder if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file() else None
+    adapter = folder if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file() else None
     if adapter:
-        folder = _base(adapter)
+        folder = adapters.base(adapter)
     config = _config(folder, trust_remote_code)
     code = folder if remote.asked_for(folder, config) else None
     architecture = str(next(iter(config.get("architectures") or []), ""))
     family = Skeleton(architecture, config, (), code).family
-    module = _module(folder, architecture, config, code)
+    head = adapters.head(adapter, str(config.get("model_type")), architecture) if adapter else None
+    architecture = head.architecture if head else architecture
+    module = _module(folder, architecture, config, code, head)
     if adapter:
-        module = _merged(module, adapter)
+        module = adapters.merged(module, adapter)
     check_finite(module, str(adapter or folder))
     most = longest(module.config)
-    if max_length is not None and max_length > most:
-        raise InputError(f"The sequence length {max_length} is more than the {most} positions of {folder}.")
+    if max_length is not None and not 0 < max_length <= most:
+        raise InputError(f"The sequence length {max_length} is not one of the {most} positions of {folder}.")
     max_length = max_length or min(MAX_LENGTH, most)
     skeleton = Skeleton(architecture, module.config.to_dict(), _labels(module.config, architecture), code)
     example = make_example(module, family.inputs, max_length)
@@ -97,41 +96,16 @@ def _config(folder: Path, trusted: bool) -> dict[str, Any]:
     return config
 
 
-def _base(adapter: Path) -> Path:
-    """The folder of the model that an adapter was trained on: a path, also relative to the adapter's, or a hub id."""
-    options = read_json(adapter / ADAPTER)
-    named = options.get("base_model_name_or_path") if isinstance(options, dict) else None
-    if not isinstance(named, str) or not named:
-        raise InputError(f"{adapter / ADAPTER} does not name the model that it adapts (base_model_name_or_path).")
-    for place in (Path(named), adapter / named):
-        if place.is_dir():
-            return place
-    if hub.is_id(named):
-        return hub.download(named)
-    raise InputError(f"{adapter} adapts the model '{named}', which is not here.")
-
-
-def _merged(module: Any, adapter: Path) -> Any:
-    """``module`` with a PEFT adapter's weights added to its own (LoRA: Hu et al. 2021, arXiv 2106.09685)."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise UnavailableError(f"{adapter} is a PEFT adapter: install edgepress[peft].") from error
-    if not any(adapter.glob("*.safetensors")):
-        raise InputError(f"{adapter} has no adapter_model.safetensors; other formats of adapters are not read.")
-    try:
-        return PeftModel.from_pretrained(module, str(adapter), local_files_only=True).merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise InputError(f"The adapter in {adapter} cannot be merged: {why}.") from error
-
-
-def _module(folder: Path, architecture: str, config: Mapping[str, Any], code: Path | None) -> Any:
+def _module(
+    folder: Path, architecture: str, config: Mapping[str, Any], code: Path | None, head: adapters.Head | None
+) -> Any:
+    """The module with the folder's weights in float32, those of an adapter's ``head`` still drawn at random."""
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    options = {"num_labels": head.labels} if head else {}
     try:
         if code:
             made_by = remote.classes(code, config, architecture)[1]
@@ -144,16 +118,24 @@ def _module(folder: Path, architecture: str, config: Mapping[str, Any], code: Pa
             local_files_only=True,
             use_safetensors=any(folder.glob("*.safetensors")),
             weights_only=True,
+            ignore_mismatched_sizes=True,  # so that they are told
             output_loading_info=True,
+            **options,
         )
+    except EdgepressError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{folder} cannot be loaded: its .bin file holds more than tensors, and edgepress unpickles nothing else; "
             f"save it again as safetensors."
         ) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}.") from error
-    missing = sorted(info["missing_keys"])
+    except Exception as error:  # the library raises what its parts raise
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{folder} cannot be loaded: {why}.") from error
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise InputError(f"{folder}: '{name}' is {list(found)}, and config.json asks for {list(wanted)}.")
+    missing = sorted(set(info["missing_keys"]) - (head.tensors if head else set()))
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} of the model's tensors, the first being '{missing[0]}'.")
     return module.eval()

@@ -102,7 +102,7 @@ def gated(module: nn.Module, structure: Structure, gates: Tensor) -> Iterator[No
         if not gates.requires_grad and bool((part == 1).all()):
             continue
         if site.kind == hidden.KIND:
-            handles += hidden.hooks(module, site, part, partial(_by_row, row_axis=site.row_axis))
+            handles += hidden.hooks(module, site, part, partial(by_row, row_axis=site.row_axis))
             continue
         if site.kind == "block":
             handles.append(module.get_submodule(site.block).register_forward_hook(_block_hook(part, site.row_axis)))
@@ -136,7 +136,7 @@ def _unit_hook(multiplier: Tensor, row_axis: int) -> Any:
         if isinstance(layer, CONVOLUTIONS):  # channels come before the positions
             gate = multiplier.reshape(*multiplier.shape, *[1] * (args[0].dim() - 2))
         else:
-            gate = _by_row(multiplier, args[0], row_axis)
+            gate = by_row(multiplier, args[0], row_axis)
         return ((args[0] * gate).to(args[0].dtype), *args[1:])
 
     return multiply
@@ -145,13 +145,13 @@ def _unit_hook(multiplier: Tensor, row_axis: int) -> Any:
 def _block_hook(gate: Tensor, row_axis: int) -> Any:
     def interpolate(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         made = output[0] if isinstance(output, tuple) else output
-        mixed = (args[0] + _by_row(gate, made, row_axis) * (made - args[0])).to(made.dtype)
+        mixed = (args[0] + by_row(gate, made, row_axis) * (made - args[0])).to(made.dtype)
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
     return interpolate
 
 
-def _by_row(gate: Tensor, values: Tensor, row_axis: int) -> Tensor:
+def by_row(gate: Tensor, values: Tensor, row_axis: int) -> Tensor:
     """``gate`` [features] or [batch, features], shaped to multiply ``values`` [batch, …, features].
 
     ``row_axis`` says which axis of ``values`` the batch is. Where a row comes as several (the windows of an image),

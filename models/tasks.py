@@ -93,9 +93,7 @@ GENERATION = Task(
     _of_tokens,
 )
 RETRIEVAL = Task("retrieval", ("recall@1", "recall@5", "recall@10", *FIDELITY), "agreement", _whole)
-EMBEDDING = Task("embedding", ("cosine",), "cosine", _pooled)
-
-TASKS = (CLASSIFICATION, REGRESSION, TOKENS, LANGUAGE, GENERATION, RETRIEVAL, EMBEDDING)
+EMBEDDING = Task("embedding", ("cosine", "agreement", "kl"), "cosine", _pooled)
 
 
 def of(architecture: str, config: Mapping[str, Any], num_labels: int) -> Task:

@@ -25,8 +25,26 @@ from .tasks import Task
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, note)`` by everything that takes long."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-MODEL_FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", "generation_config.json")
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+"""The files of which a folder with a tokenizer has one at least."""
+MODEL_FILES = (
+    *VOCABULARIES,
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
 """What travels with a model besides its weights and configuration."""
 MAX_BATCH = 32
 
@@ -162,8 +180,8 @@ def load(
     ``package.module:function``, or ``package.module:function@FOLDER`` for a checkpoint of its module. ``data`` is a
     file or a folder that one of ``sources`` reads, a function that returns rows, or ``zoo:NAME`` for that entry's rows;
     a zoo model, or a checkpoint made from one, brings its own. ``columns`` maps fields to the columns' own names. Texts
-    are cut at ``max_length`` tokens, 128 where nothing is said. Code in a model's folder is refused unless
-    ``trust_remote_code``. Raises any kind of EdgepressError.
+    are cut at ``max_length`` tokens, 128 where nothing is said; a checkpoint, or a zoo model, has a length of its own.
+    Code in a model's folder is refused unless ``trust_remote_code``. Raises any kind of EdgepressError.
     """
     from . import checkpoint, functions, hub, pretrained, zoo
 

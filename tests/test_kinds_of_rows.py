@@ -6,7 +6,7 @@ import json
 import shutil
 import wave
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from edgepress.errors import InputError, UnavailableError, UsageError
-from edgepress.models import metrics
+from edgepress.models import checkpoint, metrics
 from PIL import Image
 
 TEXT: dict[str, Any] = {
@@ -286,6 +286,69 @@ def test_rows_that_do_not_fit_are_one_sentence(folder_of: Any, tmp_path: Path, m
     (model / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"no preprocessor_config\.json"):
         ep.load(str(model), str(rows))
+
+
+def test_processors_and_tokenizers_as_they_are_saved(folder_of: Any, reviews_csv: Path, tmp_path: Path) -> None:
+    """One file for a processor of two things; a vocabulary and its merges; neither, which is refused."""
+    import transformers
+    from tokenizers import ByteLevelBPETokenizer
+
+    model, rows = folder_of(KINDS["captions"])
+    tokens = [ep.load(str(model), str(rows), max_length=32).data.evaluation.fingerprint]
+    sizes = {"size": {"height": 16, "width": 16}}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    transformers.CLIPProcessor(transformers.ViTImageProcessor(**sizes), tokenizer).save_pretrained(tmp_path / "both")
+    (model / "preprocessor_config.json").unlink()
+    shutil.copy(tmp_path / "both" / "processor_config.json", model)
+    tokens.append(ep.load(str(model), str(rows), max_length=32).data.evaluation.fingerprint)
+    assert tokens[0] == tokens[1]
+
+    model, _ = folder_of(KINDS["no labels"])
+    words = ByteLevelBPETokenizer()
+    words.train_from_iterator(pd.read_csv(reviews_csv)["review"], vocab_size=1000, special_tokens=["<s>", "<pad>"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    columns = {**REVIEW, "label": "stars"}
+    with pytest.raises(InputError, match="has no tokenizer"):
+        ep.load(str(model), str(reviews_csv), columns=columns)
+    words.save_model(str(model))
+    workload = ep.load(str(model), str(reviews_csv), columns=columns, max_length=32)
+    saved = checkpoint.save(workload, tmp_path / "saved")
+    again = ep.load(str(saved), str(reviews_csv), columns=columns)
+    assert again.data.evaluation.fingerprint == workload.data.evaluation.fingerprint
+
+
+def test_tokens_fit_the_model(folder_of: Any, reviews_csv: Path) -> None:
+    columns = {**REVIEW, "label": "stars"}
+    small, _ = folder_of(replace(KINDS["no labels"], config={**TEXT, "vocab_size": 500}))
+    with pytest.raises(InputError, match=r"makes token 19\d\d; the model knows 500"):
+        ep.load(str(small), str(reviews_csv), columns=columns)
+    classifier = replace(KINDS["no labels"], architecture="GPT2ForSequenceClassification", config=GPT2)
+    decoder, _ = folder_of(replace(classifier, config={**GPT2, "pad_token_id": 1}))
+    workload = ep.load(str(decoder), str(reviews_csv), columns=columns)
+    batch = next(workload.data.evaluation.batches(200))
+    assert (batch.inputs["input_ids"][batch.inputs["attention_mask"] == 0] == 1).all()
+    nameless, _ = folder_of(replace(classifier, config={**GPT2, "pad_token_id": None}))
+    with pytest.raises(InputError, match="names no pad_token_id"):
+        ep.load(str(nameless), str(reviews_csv), columns=columns)
+
+
+@pytest.mark.parametrize("architecture", ["BartForSequenceClassification", "T5ForSequenceClassification"])
+def test_classifiers_made_of_encoder_decoders(
+    architecture: str, folder_of: Any, reviews_csv: Path, tmp_path: Path
+) -> None:
+    """They answer at the text's end: judged, scored, cut and saved, and not exported."""
+    t5 = {"vocab_size": 2000, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = BART if architecture.startswith("Bart") else {**t5, **TOKENS}
+    model, _ = folder_of(replace(KINDS["no labels"], architecture=architecture, config=config))
+    workload = ep.load(str(model), str(reviews_csv), columns={**REVIEW, "label": "stars"}, max_length=32)
+    pruned = ep.prune(workload, ep.score(workload, "fisher", rows=8), ratio=0.5)
+    assert metrics.of_modules(pruned, workload)["metric"] == "accuracy"
+    again = checkpoint.read(checkpoint.save(pruned, tmp_path / "saved"), workload.data)
+    with torch.no_grad():
+        assert torch.equal(again.forward(again.example), pruned.forward(pruned.example))
+    with pytest.raises(UnavailableError, match="its export is not available yet"):
+        ep.export(pruned, tmp_path / "artifact")
 
 
 def test_without_labels_only_fidelity_judges(folder_of: Any) -> None:

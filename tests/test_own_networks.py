@@ -10,8 +10,10 @@ import edgepress as ep
 import numpy as np
 import pytest
 import torch
+from edgepress import cli
 from edgepress.errors import InputError
 from edgepress.models import metrics
+from PIL import Image
 
 NETWORKS = """
 import torch
@@ -44,6 +46,15 @@ def cnn():
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, 3)), torch.zeros(1, 1, 12, 12)
+
+
+def words():
+    return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(24, 2)), torch.zeros(1, 6, dtype=torch.long)
+
+
+def colours():
+    layers = [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    return nn.Sequential(*layers), torch.zeros(1, 3, 8, 9)
 """
 
 
@@ -96,6 +107,9 @@ def test_the_chain(own: Any, name: str, rows: str, tmp_path: Path) -> None:
     [
         ({"x": np.zeros((40, 9, 6)), "label": np.arange(40) % 3}, r"shape \[9, 6\], the model takes \[10, 6\]"),
         ({"x": np.arange(2400.0).reshape(40, 10, 6), "label": np.arange(40) % 5}, "class 4, and the model tells 3"),
+        ({"x": np.arange(2400.0).reshape(40, 10, 6), "label": np.arange(40) % 2 - 1}, "class -1, and the model tells"),
+        ({"x": np.zeros((40, 6, 10)), "label": np.arange(40) % 3}, r"shape \[6, 10\], the model takes \[10, 6\]"),
+        ({"x": np.full((40, 10, 6), np.nan), "label": np.arange(40) % 3}, "it holds NaN"),
         ({"y": np.zeros((40, 10, 6)), "label": np.arange(40) % 3}, "no column 'x'"),
     ],
 )
@@ -108,6 +122,44 @@ def test_rows_that_do_not_fit(
         ep.load("own_networks:lstm", str(tmp_path / "rows.npz"))
 
 
+def test_images_reach_a_network_as_it_takes_them(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From folders of classes, and from arrays with channels last; classes are counted in the alphabet's order."""
+    monkeypatch.syspath_prepend(str(place))
+    random = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    pictures = random.integers(0, 100, (40, 8, 9, 3), dtype=np.uint8)
+    pictures[np.arange(40), :, :, 2 * labels] += 150  # red ones and blue ones
+    np.savez(tmp_path / "rows.npz", image=pictures, label=labels)
+    for row, picture in enumerate(pictures):
+        path = tmp_path / "classes" / ("a red", "blue")[labels[row]] / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    for rows in ("rows.npz", "classes"):
+        workload = ep.load("own_networks:colours", str(tmp_path / rows))
+        (batch,) = workload.data.evaluation.batches(40)
+        image = next(iter(batch.inputs.values()))
+        assert image.shape[1:] == (3, 8, 9)
+        assert torch.equal(image.mean(dim=(2, 3)).argmax(dim=1), 2 * batch.labels)
+        assert image.max() <= 1
+    with pytest.raises(InputError, match=r"shape \[8, 9\], the model takes \[1, 12, 12\]"):
+        ep.load("own_networks:cnn", str(tmp_path / "classes"))
+
+
+def test_a_network_with_nothing_to_remove(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(place))
+    with pytest.raises(InputError, match="Nothing in own_networks:words can be removed: the 2 channels that"):
+        cli.prune("own_networks:words", out=tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_network_that_fails_on_its_rows(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(place))
+    tokens = np.random.default_rng(0).integers(9, 99, (40, 6))
+    np.savez(tmp_path / "rows.npz", input=tokens, label=np.arange(40) % 2)
+    with pytest.raises(InputError, match=r"rows\.npz: words fails on a row with IndexError"):
+        ep.load("own_networks:words", str(tmp_path / "rows.npz"))
+
+
 def test_numbers_and_no_labels(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(place))
     x = np.random.default_rng(0).normal(size=(60, 10, 6)).astype(np.float32)
@@ -116,6 +168,7 @@ def test_numbers_and_no_labels(place: Path, monkeypatch: pytest.MonkeyPatch, tmp
     assert ep.load("own_networks:lstm", str(tmp_path / "numbers.npz")).data.metric == "spearman"
     without = ep.load("own_networks:lstm", str(tmp_path / "none.npz"))
     assert without.data.metric == "cosine"
+    assert metrics.of_module(without.judged_by("kl")).value == 0
     losses = without.losses(next(without.data.calibration.batches(4)))
     assert torch.isfinite(losses).all()
     assert losses.requires_grad

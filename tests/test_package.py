@@ -1,10 +1,8 @@
-"""The package as others get it: what the wheel holds, that it works from there, and that the README is true."""
+"""The package as others get it: what the wheel holds, and that it works from there."""
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import subprocess
 import sys
 import venv
@@ -16,7 +14,6 @@ import edgepress as ep
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -79,50 +76,3 @@ def test_the_verbs_are_functions_and_the_packages_still_packages() -> None:
     assert edgepress.export.artifact.Artifact
     with pytest.raises(AttributeError, match="nothing"):
         _ = ep.nothing
-
-
-def test_the_python_of_the_readme_runs(minilm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - our own README
-    assert names["rows"][1]["speedup"]["value"] > 0
-
-
-def commands() -> list[str]:
-    """Every edgepress command of the README's shell blocks, in order."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("edgepress ")]
-
-
-def test_the_commands_of_the_readme_run(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
-) -> None:
-    """In order, as they stand there, in a folder that has the reader's model and rows.
-
-    Only what takes minutes is made shorter: ``compress`` is given a small recipe, on the reader's own model.
-    """
-    (tmp_path / "my-model").symlink_to(model_folder)
-    (tmp_path / "reviews.csv").symlink_to(reviews_csv)
-    found = commands()
-    assert len(found) >= 11
-    from edgepress.cli import app
-
-    assert {shlex.split(line)[1] for line in found} == {
-        command.callback.__name__ for command in app.registered_commands
-    }
-    for line in found:
-        words = shlex.split(line)[1:]
-        if words[0] == "compress" and "--resume" not in words:
-            words = [word.replace("zoo:minilm-reviews", "my-model") for word in words] + ["--recipe", str(small_recipe)]
-            if "--data" not in words:
-                words += ["--data", "reviews.csv", "--columns", "text=review,label=stars"]
-        done = edgepress(*words, cwd=tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-
-
-def test_the_make_targets_of_the_readme_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = set(re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE))
-    assert {"demo", "test"} <= named
-    assert all(f"\n{name}:" in makefile for name in named)

@@ -22,6 +22,8 @@ from ...models.structure import Structure
 from ...models.workload import Progress, Workload
 
 METHODS = (
+    "masked_taylor",
+    "second_order",
     "fisher",
     "fisher_block",
     "taylor",
@@ -50,11 +52,17 @@ class Scores:
         return [self.values[place].tolist() for site, place in self.structure.slices() if site.kind == kind]
 
 
+def canonical(name: str) -> str:
+    """``name`` as it stands in ``METHODS``: the command line also writes it with hyphens."""
+    found = name.replace("-", "_")
+    if found not in METHODS:
+        raise UsageError(f"There is no score '{name}' (known: {', '.join(METHODS)}).")
+    return found
+
+
 def get(name: str) -> ModuleType:
     """The module ``compress/score/<name>.py``."""
-    if name not in METHODS:
-        raise UsageError(f"There is no score '{name}' (known: {', '.join(METHODS)}).")
-    return import_module(f"{__name__}.{name}")
+    return import_module(f"{__name__}.{canonical(name)}")
 
 
 def cheap() -> tuple[str, ...]:
@@ -91,17 +99,21 @@ def score_all(
 ) -> list[Scores]:
     """The scores of several methods on the same rows, as :func:`score` gives each, from one pass for all of them.
 
-    ``options`` holds keyword arguments by method. Methods that need more than one pass make their own after it.
+    ``options`` holds keyword arguments by method. Methods that need more than one pass make their own after it. Raises
+    InputError where ``workload`` has no units.
     """
     from .evidence import gather
 
-    modules = {method: get(method) for method in methods}
+    modules = {canonical(method): get(method) for method in methods}
+    chosen = {canonical(method): given for method, given in (options or {}).items()}
+    if not workload.structure.num_units:
+        raise InputError(f"Nothing in {workload.name} can be removed: {'; '.join(workload.structure.notes)}.")
     needs = {need for module in modules.values() for need in module.NEEDS}
     sample = workload.data.calibration.take(rows, seed)
     evidence = gather(workload, needs, rows=sample, seed=seed, progress=progress)
     found = []
     for method, module in modules.items():
-        values: Tensor = module.score(evidence, **(options or {}).get(method, {}))
+        values: Tensor = module.score(evidence, **chosen.get(method, {}))
         bad = int((~torch.isfinite(values)).sum())
         if bad:
             raise InputError(f"{bad} of {len(values)} {method} scores of {workload.name} are not finite numbers.")

@@ -52,7 +52,7 @@ def changes(
             with _recorded(module, structure) as outputs:
                 whole = workload.losses(batch, seed=seed).double()
             for place, units in enumerate(sets):
-                mask = gates.index_fill(0, torch.tensor(units, device=gates.device), 0.0)
+                mask = gates.index_fill(0, torch.tensor(units, dtype=torch.long, device=gates.device), 0.0)
                 with gated(module, structure, mask), _skipped(module, _before(structure, mask, outputs)):
                     found[place, batch.rows] = (workload.losses(batch, seed=seed).double() - whole).cpu()
                 if progress and not place % 16:

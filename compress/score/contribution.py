@@ -20,7 +20,7 @@ def turns(stream: Tensor, x: Tensor, weight: Tensor, site: Site, places: Tensor)
     to its parts.
     """
     if places.shape[1] == 1:
-        own, columns = x[:, places[:, 0]], weight[:, places[:, 0]]
+        own, columns = _at(x, places[:, 0]), _at(weight, places[:, 0])
         along, square = own * (stream @ columns), own.square() * columns.square().sum(dim=0)
         if len(places) == site.count:
             return turn(stream.square().sum(dim=1, keepdim=True), along, square)
@@ -29,6 +29,11 @@ def turns(stream: Tensor, x: Tensor, weight: Tensor, site: Site, places: Tensor)
     along = torch.stack([(stream * c).sum(dim=1) for c in made], dim=1)
     square = torch.stack([c.square().sum(dim=1) for c in made], dim=1)
     return turn(stream.square().sum(dim=1, keepdim=True), along, square)
+
+
+def _at(x: Tensor, columns: Tensor) -> Tensor:
+    """``x[:, columns]``, without a copy where these are all in order."""
+    return x if torch.equal(columns, torch.arange(x.shape[1])) else x[:, columns]
 
 
 def turn(whole: Tensor, along: Tensor, part: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ...errors import InputError
 from ...models.data import Batch, Rows
+from ...models.gates import open_gates
 from ...models.layers import matrix
+from ...models.statistics import finite
 from ...models.surgery import gated
 from ...models.workload import Progress, Workload, check_finite
-from . import health
 from .readers import Moments, Seen, readers, watched
 
 BATCH = 32
@@ -95,25 +97,35 @@ def gather(
     return Evidence(workload, rows, seed, progress, found, seen)
 
 
-def gate_gradients(
-    workload: Workload, batch: Batch, gates: Tensor, *, seed: int = 0, create_graph: bool = False
-) -> Tensor:
-    """The gradient of each row's loss in its own ``gates``, [batch, num_units] as these are.
+def gate_gradients(workload: Workload, batch: Batch, *, seed: int = 0) -> Tensor:
+    """The gradient of each row's loss in its own gates, at gates of one: [batch, num_units] in float32 or finer.
 
-    ``gates`` must require gradients. Where a row's loss depends on the other rows, as in retrieval, it is the gradient
-    of all losses in the row's gates.
+    Where a row's loss depends on the other rows, as in retrieval, it is the gradient of all losses in the row's gates.
     """
-    with _frozen(workload.module), torch.enable_grad(), gated(workload.module, workload.structure, gates):
-        loss = workload.losses(batch, seed=seed).sum()
-        (gradient,) = torch.autograd.grad(loss, gates, create_graph=create_graph)
+    gates = ones(workload, batch)
+    with frozen(workload.module), torch.enable_grad(), open_gates(workload.module, workload.structure, gates):
+        (gradient,) = torch.autograd.grad(workload.losses(batch, seed=seed).sum(), gates)
     return gradient
 
 
-def open_gates(workload: Workload, batch: Batch) -> Tensor:
+def ones(workload: Workload, batch: Batch) -> Tensor:
     """Gates of one for every row of ``batch``, [batch, num_units], in float32 or finer; they require gradients."""
     parameter = next(workload.module.parameters())
     dtype, shape = torch.promote_types(parameter.dtype, torch.float32), (len(batch.rows), workload.structure.num_units)
     return torch.ones(shape, dtype=dtype, device=parameter.device, requires_grad=True)
+
+
+def complaint(workload: Workload, batch: Batch, *, seed: int) -> InputError:
+    """The error for a ``batch`` in which something was not finite: the layer where it arises, and the row."""
+
+    def run(part: Batch) -> None:
+        module, gates = workload.module, ones(workload, part)
+        with frozen(module), torch.enable_grad(), gated(module, workload.structure, gates), finite.checked(module):
+            loss = workload.losses(part, seed=seed).sum()
+            finite.check(loss, "the loss")
+            torch.autograd.grad(loss, gates)
+
+    return finite.complaint(batch, run, workload.name)
 
 
 def gram_groups(workload: Workload) -> list[frozenset[str]]:
@@ -161,21 +173,21 @@ def _run(
         seen.inputs = batch.inputs
         fine = True
         if sums is not None:
-            gradient = gate_gradients(workload, batch, open_gates(workload, batch), seed=seed)
+            gradient = gate_gradients(workload, batch, seed=seed)
             sums.add(batch, gradient)
             fine = bool(torch.isfinite(gradient).all())
         else:
             with torch.no_grad():
                 workload.forward(batch.inputs)
         if not (fine and seen.finite()):
-            raise health.complaint(workload, batch, seed=seed)
+            raise complaint(workload, batch, seed=seed)
         done += len(batch.rows)
         if progress:
             progress(done, len(rows), "rows")
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """Within the context no parameter has a gradient: only the gates do."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .evidence import BATCH, Evidence, gate_gradients, open_gates
+from ...models.surgery import gated
+from .evidence import BATCH, Evidence, complaint, frozen, ones
 
 NEEDS = ("rows",)
 
@@ -29,9 +30,14 @@ def score(evidence: Evidence, *, probes: int = 1) -> Tensor:
     total = torch.zeros(workload.structure.num_units, dtype=torch.float64)
     done = 0
     for batch in rows.batches(BATCH // 4):
-        gates = open_gates(workload, batch)
-        with sdpa_kernel(SDPBackend.MATH):  # the one attention that can be differentiated twice
-            gradient = gate_gradients(workload, batch, gates, seed=evidence.seed, create_graph=True)
+        gates = ones(workload, batch)
+        # the one attention that can be differentiated twice
+        with frozen(workload.module), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            with gated(workload.module, workload.structure, gates):
+                loss = workload.losses(batch, seed=evidence.seed).sum()
+            (gradient,) = torch.autograd.grad(loss, gates, create_graph=True)
+            if not torch.isfinite(gradient).all():
+                raise complaint(workload, batch, seed=evidence.seed)
             for _ in range(probes):
                 signs = torch.randint(0, 2, gates.shape, generator=random).to(gates) * 2 - 1
                 (product,) = torch.autograd.grad(gradient, gates, signs, retain_graph=True)

@@ -41,20 +41,25 @@ def score(evidence: Evidence, *, ridge: float = 1e-4) -> Tensor:
             for cut in site.gates:
                 if cut.layer == name:
                     owner, own = torch.tensor(site.parts), places(reader, site, cut)
-                    scores[place] += torch.stack(
-                        [error(inverse, weight, own[owner == unit].flatten()) for unit in range(site.count)]
-                    )
+                    units = [own[owner == unit].flatten() for unit in range(site.count)]
+                    for width in {len(columns) for columns in units}:
+                        alike = [unit for unit, columns in enumerate(units) if len(columns) == width]
+                        found = errors(inverse, weight, torch.stack([units[unit] for unit in alike]))
+                        scores[torch.tensor(alike) + place.start] += found
     for site, place in structure.slices():
         if site.kind == "block":
             scores[place] = evidence.seen.moved[site.block].value
     return scores
 
 
-def error(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-    """Σ_rows W[:, S] (H⁻¹[S, S])⁻¹ W[:, S]ᵀ for the columns S, from H⁻¹ and W."""
-    own = weight[:, columns]
-    solved: Tensor = torch.linalg.solve(inverse[columns[:, None], columns], own.T)
-    return (own * solved.T).sum()
+def errors(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+    """Σ_rows W[:, S] (H⁻¹[S, S])⁻¹ W[:, S]ᵀ from H⁻¹ and W, [units], for the S that each row of ``columns`` [units,
+    width] is."""
+    own = weight[:, columns].movedim(0, 1)  # [units, out, width]
+    if columns.shape[1] == 1:
+        return own.square().sum(dim=(1, 2)) / inverse.diagonal()[columns[:, 0]]
+    between = inverse[columns[:, :, None], columns[:, None, :]]
+    return (own * torch.linalg.solve(between, own, left=False)).sum(dim=(1, 2))
 
 
 def _inverse(moments: Moments, *, centred: bool, ridge: float) -> Tensor:

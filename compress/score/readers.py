@@ -15,6 +15,9 @@ from ...models.structure import Cut, Site, Structure
 from .contribution import turn, turns
 from .weights import places
 
+TOKENS = 512
+"""So many are looked at together: what is made of them on the way fits in a processor's cache."""
+
 
 @dataclass
 class Moments:
@@ -40,7 +43,7 @@ class Moments:
         self.count += len(x)
         share = len(x) / self.count
         self.mean.lerp_(x.mean(dim=0), share)
-        self.square.lerp_(x.square().mean(dim=0), share)
+        self.square.lerp_(torch.linalg.vector_norm(x, dim=0).square() / len(x), share)
         if self.gram is not None:
             self.gram.addmm_(x.T, x, beta=1 - share, alpha=1 / self.count)
 
@@ -55,7 +58,7 @@ class Mean:
     def add(self, values: Tensor) -> None:
         """Take in ``values`` [tokens, …]."""
         self.count += len(values)
-        self.total = self.total + values.double().sum(dim=0)
+        self.total = self.total + values.sum(dim=0, dtype=torch.float64)
 
     @property
     def value(self) -> Tensor:
@@ -91,8 +94,9 @@ class Seen:
         mask, decoded = self.inputs.get("attention_mask"), self.inputs.get("decoder_input_ids")
         if mask is None or (decoded is not None and decoded.shape == mask.shape and "decoder" in name):
             return values.flatten(0, -2)
-        mask = mask.T if site.row_axis else mask
-        return values[mask.bool()] if mask.shape == values.shape[:-1] else values.flatten(0, -2)
+        mask = mask.T.bool() if site.row_axis else mask.bool()
+        padded = mask.shape == values.shape[:-1] and not bool(mask.all())
+        return values[mask] if padded else values.flatten(0, -2)
 
 
 @contextmanager
@@ -150,11 +154,12 @@ def _input_hook(seen: Seen, name: str, site: Site, *, gram: bool) -> Any:
 
 def _block_hook(seen: Seen, site: Site) -> Any:
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        before, after = (seen.tokens(site.block, site, x) for x in (args[0], first(output)))
-        change = after - before
-        squares = (after.square().sum(1), (after * change).sum(1), change.square().sum(1))
-        seen.turned.setdefault(site, Mean()).add(turn(*squares)[:, None])
-        seen.moved.setdefault(site.block, Mean()).add(squares[2][:, None])
+        states = (seen.tokens(site.block, site, x) for x in (args[0], first(output)))
+        for before, after in _pieces(*states):
+            change = after - before
+            squares = (after.square().sum(1), (after * change).sum(1), change.square().sum(1))
+            seen.turned.setdefault(site, Mean()).add(turn(*squares)[:, None])
+            seen.moved.setdefault(site.block, Mean()).add(squares[2][:, None])
 
     return hook
 
@@ -163,8 +168,9 @@ def _norm_hook(seen: Seen, name: str, site: Site) -> Any:
     """A channel of the stream contributes itself."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        squares = seen.tokens(name, site, args[0]).square()
-        seen.turned.setdefault(site, Mean()).add(turn(squares.sum(dim=1, keepdim=True), squares, squares))
+        for (x,) in _pieces(seen.tokens(name, site, args[0])):
+            squares = x.square()
+            seen.turned.setdefault(site, Mean()).add(turn(squares.sum(dim=1, keepdim=True), squares, squares))
 
     return hook
 
@@ -187,7 +193,8 @@ def _turn_hooks(module: nn.Module, seen: Seen, site: Site, cut: Cut, *, turned_r
             s, scale = x @ weight.to(x).T, None
             s = s if reader.bias is None else s + reader.bias.detach()
         weight = (weight if scale is None else scale[:, None] * weight).to(x)
-        seen.turned.setdefault(site, Mean()).add(turns(s, x, weight, site, own))
+        for stream, given in _pieces(s, x):
+            seen.turned.setdefault(site, Mean()).add(turns(stream, given, weight, site, own))
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         kept[:] = [columns(reader, args[0].detach())]
@@ -199,6 +206,10 @@ def _turn_hooks(module: nn.Module, seen: Seen, site: Site, cut: Cut, *, turned_r
         last = module.get_submodule(site.block) if site.block else reader
         hooks.append(last.register_forward_hook(lambda _, __, output: see(first(output))))
     return hooks
+
+
+def _pieces(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, TOKENS) for tensor in values), strict=True)
 
 
 def first(output: Any) -> Tensor:

@@ -109,10 +109,13 @@ def in_form(artifact: Artifact, form: str) -> Artifact:
 def export(workload: Workload) -> onnx.ModelProto:
     """The float graph of a workload's module: one node per operator, named after the module it comes from.
 
-    Raises UnavailableError where the module cannot be traced, or has two answers.
+    Raises UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token.
     """
     if workload.task is tasks.RETRIEVAL:
         raise UnavailableError(f"{workload.name} has two towers; their export is not available yet in this version.")
+    pair = workload.skeleton.config.get("is_encoder_decoder") and "input_ids" in workload.example
+    if pair and workload.task in {tasks.CLASSIFICATION, tasks.REGRESSION}:
+        raise UnavailableError(f"{workload.name} looks for its text's end; its export is not available yet.")
     module = _exportable(workload)
     axes = workload.input_axes
     dims: dict[str, Any] = {}

@@ -32,6 +32,6 @@ FAMILY = Family(
             config={"ffn": "intermediate_size", "block": "num_hidden_layers"},
         ),
     ),
-    notes=("SigLIP's pooling head is left alone: its attention has one query for the whole image",),
+    notes=("the pooling head that SigLIP has is left alone: its attention has one query for the whole image",),
     hidden=False,
 )

@@ -23,15 +23,17 @@ FIELDS = ("text", "text_pair", "tokens", "target", "label", "image", "audio")
 the text to produce. A model's own inputs are columns under their names."""
 NO_COLUMN = "-"
 """Mapped to ``label``, it says that the rows have none."""
+HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
+"""What a part of the data is called that its makers keep for evaluation."""
 MOST_ROWS = 100_000
-"""Rows that are kept of a larger source: those whose hashes are smallest, whatever their order."""
+"""Rows that are kept of a larger table or folder: those whose hashes are smallest, whatever their order."""
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows as they were found: for each column one value a row, which may be read only when it is asked for.
 
-    An image or a recording is a path or an array.
+    An image or a recording is a path, the bytes of a file, or an array.
     """
 
     origin: str
@@ -74,10 +76,8 @@ def column(table: Table, field: str, columns: Mapping[str, str]) -> Any:
     """The values of one field, one a row; InputError, naming the columns there are, where there is none."""
     name = columns.get(field, field)
     if name not in table.columns:
-        raise InputError(
-            f"{table.origin} has no column '{name}' (it has: {', '.join(map(str, table.columns))}); "
-            f"map it with --columns {field}=…."
-        )
+        hint = f"; map it with --columns {field}=…" if field in FIELDS else ""
+        raise InputError(f"{table.origin} has no column '{name}' (it has: {', '.join(map(str, table.columns))}){hint}.")
     return table.columns[name]
 
 

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, UnavailableError
-from . import MOST_ROWS, Table
-
-HELD_OUT = ("test", "validation", "eval", "dev")
+from . import HELD_OUT, MOST_ROWS, Table
 
 
 def takes(path: Path) -> bool:
@@ -37,9 +35,11 @@ class _Column(Sequence[Any]):
 
 
 def read(path: Path, columns: Mapping[str, str], *, seed: int) -> Table:
-    """The columns of a dataset; of several splits, the first of ``HELD_OUT`` is kept for evaluation.
+    """The columns of a dataset. Of its splits ``train`` is read, or all whose names say nothing of evaluation, and the
+    first of ``HELD_OUT``, which is kept for that.
 
-    Images and recordings come as their files' bytes; nothing of the library's own decoding is asked for.
+    Of more than ``MOST_ROWS`` rows ``seed`` draws a sample. Images and recordings come as their files' bytes; nothing
+    of the library's own decoding is asked for.
     """
     try:
         import datasets
@@ -47,14 +47,14 @@ def read(path: Path, columns: Mapping[str, str], *, seed: int) -> Table:
         raise UnavailableError("Saved datasets need the datasets library: install edgepress[datasets].") from error
     try:
         found = datasets.load_from_disk(str(path))
+        parts = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+        others = ["train"] if "train" in parts else [name for name in parts if name not in HELD_OUT]
+        held = next((name for name in HELD_OUT if name in parts), None) if others else None
+        chosen = [*others, held] if held else others or list(parts)
+        whole = datasets.concatenate_datasets([_undecoded(parts[name], datasets) for name in chosen])
     except Exception as error:  # the library raises what its parsers raise
         raise InputError(f"{path} cannot be read as a saved dataset: {' '.join(str(error).split())}.") from error
-    parts = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
-    held = next((name for name in HELD_OUT if name in parts and len(parts) > 1), None)
-    chosen = [_undecoded(parts[name], datasets) for name in parts if name == held or name not in HELD_OUT]
-    flags = [np.full(len(parts[name]), name == held) for name in parts if name == held or name not in HELD_OUT]
-    whole = datasets.concatenate_datasets(chosen)
-    held_out = np.concatenate(flags) if held else None
+    held_out = np.repeat([name == held for name in chosen], [len(parts[name]) for name in chosen]) if held else None
     if len(whole) > MOST_ROWS:
         kept = np.sort(np.random.default_rng(seed).permutation(len(whole))[:MOST_ROWS])
         whole, held_out = whole.select(kept), held_out[kept] if held_out is not None else None

@@ -33,9 +33,10 @@ def read(path: Path, columns: Mapping[str, str], *, seed: int) -> Table:
     wanted: list[str] = []
     row = 0
     for piece in _pieces(path):
+        piece.columns = [str(name) for name in piece.columns]
         if not names:
-            names = [str(name) for name in piece.columns]
-            asked = [columns.get(field, field) for field in FIELDS]
+            names = list(piece.columns)
+            asked = [columns.get(field, field) for field in (*FIELDS, *columns)]
             wanted = [name for name in names if name in asked] or names
         for values in zip(*(piece[name] for name in wanted), strict=True):
             cells = tuple(map(_plain, values))
@@ -57,8 +58,15 @@ def read(path: Path, columns: Mapping[str, str], *, seed: int) -> Table:
     for field in FILES:
         name = columns.get(field, field)
         if name in found:
-            found[name] = [path.parent / str(value) for value in found[name]]
+            found[name] = [_file(value, path.parent) for value in found[name]]
     return Table(str(path), found)
+
+
+def _file(value: Any, folder: Path) -> Any:
+    """An image or a recording: what a cell holds of it, bytes or numbers, or else the path that it names."""
+    if isinstance(value, dict):  # as datasets keep them in Parquet files
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, (bytes, list)) else folder / str(value)
 
 
 def _plain(value: Any) -> Any:
@@ -82,13 +90,7 @@ def _pieces(path: Path) -> Iterator[pd.DataFrame]:
         elif ending == ".jsonl":
             yield from pd.read_json(path, lines=True, dtype=False, chunksize=PIECE)
         else:
-            yield from pd.read_csv(
-                path,
-                dtype=str,
-                keep_default_na=False,
-                sep="\t" if ending == ".tsv" else ",",
-                chunksize=PIECE,
-            )
+            yield from _separated(path, "\t" if ending == ".tsv" else ",")
     except pd.errors.EmptyDataError as error:
         raise InputError(f"{path} is empty.") from error
     except UnicodeDecodeError as error:
@@ -98,6 +100,13 @@ def _pieces(path: Path) -> Iterator[pd.DataFrame]:
         ) from error
     except (pd.errors.ParserError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
+def _separated(path: Path, separator: str) -> Iterator[pd.DataFrame]:
+    for piece in pd.read_csv(path, dtype=str, keep_default_na=False, sep=separator, chunksize=PIECE):
+        if not isinstance(piece.index, pd.RangeIndex):  # pandas takes surplus fields at a row's begin for its name
+            raise InputError(f"{path}: its rows have more fields than its first line has names.")
+        yield piece
 
 
 def _first_undecodable(path: Path) -> int:

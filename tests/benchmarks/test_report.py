@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edgepress.benchmarks import charts
+from edgepress.benchmarks.compare import rows as compared
+from edgepress.benchmarks.measurement import Measurement
 from edgepress.benchmarks.report import write_report
 from edgepress.errors import InputError
 
@@ -49,6 +52,22 @@ def test_its_figures_are_the_measured_ones(open_page: Any, finished_run: Path) -
             assert float(row["speedup"]) == pytest.approx(first / np.median(samples), rel=1e-12)
             assert float(row["drop"]) == item["quality"]["drop"]
     page.close()
+
+
+def test_pictures_of_figures_that_do_not_differ_or_where_less_is_better(finished_run: Path) -> None:
+    assert charts.ticks(100, 100) == [100, 120]
+    lines = (finished_run / "measurements.jsonl").read_text().splitlines()
+    first = compared([Measurement.from_json(json.loads(line)) for line in lines])[0]
+
+    def row(milliseconds: float, value: float) -> dict[str, Any]:
+        quality = {**first["quality"], "metric": "perplexity", "value": value, "low": value, "high": value}
+        return {**first, "latency_ms": {**first["latency_ms"], "p50": milliseconds}, "quality": quality}
+
+    same = charts.pareto([row(1, 20), row(2, 20)], None)
+    assert "nan" not in same
+    assert same.count("<circle") == 2
+    frontier = charts.pareto([row(1, 30), row(2, 40), row(3, 20)], None).split('class="frontier" points="')[1]
+    assert len(frontier.split('"')[0].split()) == 2, "the second is slower than the first and worse"
 
 
 def test_hostile_names_stay_text(open_page: Any, finished_run: Path, tmp_path: Path) -> None:

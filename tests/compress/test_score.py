@@ -12,10 +12,10 @@ import edgepress as ep
 import pytest
 import torch
 from edgepress.compress import score as scores
-from edgepress.compress.score import ablation, obs
-from edgepress.compress.score.evidence import gather, gram_groups
+from edgepress.compress.score import ablation, obs, second_order
+from edgepress.compress.score.evidence import gate_gradients, gather, gram_groups
 from edgepress.errors import InputError, UsageError
-from edgepress.models import surgery
+from edgepress.models import families, mapping, surgery
 from edgepress.models.data import Data
 from edgepress.models.layers import matrix
 from edgepress.models.surgery import gated
@@ -78,6 +78,10 @@ def test_an_unknown_method_is_refused(workload: Any) -> None:
         ep.score(workload, "magnitude", norm=3)
     with pytest.raises(UsageError, match="'absolute' or 'signed'"):
         ep.score(workload, "taylor", form="none")
+    with pytest.raises(UsageError, match="from 0 to 1"):
+        ep.score(workload, "masked_taylor", most=2.0)
+    with pytest.raises(UsageError, match="from 0 to 1"):
+        ep.score(workload, "second_order", trust=-1.0)
 
 
 def test_weights_alone_need_no_rows(with_rows: Callable[..., Any]) -> None:
@@ -102,6 +106,9 @@ def test_a_module_is_left_as_it_was(small: Any) -> None:
 
 
 # ---- against slow definitions
+
+CERTAIN = {"masked_taylor": {"most": 0.0}, "second_order": {"trust": 0.5}}
+"""Options under which these draw nothing for each row and do not ask how many rows there are."""
 
 
 def _loss(workload: Any, batch: Any) -> Callable[[Tensor], Tensor]:
@@ -131,6 +138,57 @@ def test_gradient_scores_against_gradients_row_by_row(small: Any) -> None:
     for site, place in small.structure.slices():
         normed[place] /= normed[place].norm() if site.count > 1 else 1
     torch.testing.assert_close(_values(small, "head_gate"), normed, rtol=1e-9, atol=1e-13)
+
+
+def test_open_gates_have_the_gradients_of_gates_that_multiply(any_model: str, with_rows: Callable[..., Any]) -> None:
+    workload = with_rows(any_model, 4)
+    (batch,) = workload.data.calibration.batches(4)
+    gates = torch.ones(4, workload.structure.num_units, dtype=torch.float64, requires_grad=True)
+    with gated(workload.module, workload.structure, gates):
+        (expected,) = torch.autograd.grad(workload.losses(batch).sum(), gates)
+    torch.testing.assert_close(gate_gradients(workload, batch), expected, rtol=1e-8, atol=1e-12)
+
+
+def test_masked_taylor_is_taylor_in_each_rows_own_network(small: Any) -> None:
+    rows, structure = small.data.calibration, small.structure
+    random = torch.Generator().manual_seed(7)
+    maskable = torch.tensor([unit.kind not in {"block", "kv", "hidden"} for unit in structure.units])
+    g = torch.zeros(len(rows), structure.num_units, dtype=torch.float64)
+    for batch in rows.batches(32):
+        share = 0.8 * torch.rand(len(batch.rows), 1, generator=random)
+        masked = (torch.rand(len(batch.rows), structure.num_units, generator=random) < share) & maskable
+        assert masked.any()
+        for row, gone in zip(batch.rows, masked, strict=True):
+            gates = (~gone).double().requires_grad_()
+            loss = _loss(small, next(rows.pick([row]).batches(1)))
+            (g[row],) = torch.autograd.grad(loss(gates), gates)
+    found = scores.score(small, "masked_taylor", seed=7, most=0.8).values
+    torch.testing.assert_close(found, g.abs().mean(0), rtol=1e-9, atol=1e-13)
+    whole = _values(small, "masked_taylor", most=0.0, passes=2)
+    torch.testing.assert_close(whole, _values(small, "taylor"), rtol=1e-9, atol=1e-13)
+
+
+def test_second_order_is_the_slope_and_half_of_fisher(small: Any) -> None:
+    slope, curvature = _values(small, "taylor", form="signed"), _values(small, "fisher")
+    torch.testing.assert_close(_values(small, "second_order", trust=1.0), slope + curvature / 2)
+    torch.testing.assert_close(_values(small, "second_order", trust=0.0), curvature / 2)
+    shrunk = _values(small, "second_order") - curvature / 2
+    for kind in small.structure.kinds:
+        own = torch.tensor([unit.kind == kind for unit in small.structure.units])
+        found = (shrunk[own] / slope[own])[slope[own] != 0]
+        assert (found - found.mean()).abs().max() < 1e-6
+        assert 0 <= found.mean() < 1
+
+
+def test_slopes_are_shrunk_to_the_best_guess() -> None:
+    random = torch.Generator().manual_seed(0)
+    for kappa, rows in ((0.02, 100), (0.0, 100), (0.5, 20)):
+        scale = torch.rand(4000, generator=random) + 0.1
+        true = scale * torch.randn(4000, generator=random) * kappa**0.5
+        g = true + scale * torch.randn(rows, 4000, generator=random)
+        found = second_order.shrinkage(g.mean(0), g.square().mean(0), rows)
+        best = float((g.mean(0) * true).sum() / g.mean(0).square().sum())
+        assert found == pytest.approx(best, abs=0.07)
 
 
 def test_gradients_against_finite_differences(small: Any) -> None:
@@ -271,7 +329,7 @@ def test_obs_update_formula_is_least_squares_too(with_rows: Callable[..., Any]) 
         tall = torch.cat([x / 50**0.5, ridge**0.5 * torch.eye(7, dtype=torch.float64)])
         solved = torch.linalg.lstsq(tall[:, kept], tall @ weight.T).solution
         expected = (tall @ weight.T - tall[:, kept] @ solved).square().sum()
-        torch.testing.assert_close(obs.error(inverse, weight, torch.tensor(gone)), expected)
+        torch.testing.assert_close(obs.errors(inverse, weight, torch.tensor([gone])), expected[None])
 
 
 def test_grams_that_do_not_fit_take_passes_of_their_own(with_rows: Callable[..., Any]) -> None:
@@ -456,7 +514,7 @@ def test_rescaling_both_sides_of_a_unit_changes_no_score_of_its_function(with_ro
 def test_permuting_units_permutes_their_scores(with_rows: Callable[..., Any]) -> None:
     workload = with_rows("bert")
     methods = [method for method in scores.METHODS if method not in {"random", "hessian"}]
-    before = {found.method: found.values for found in scores.score_all(workload, methods)}
+    before = {found.method: found.values for found in scores.score_all(workload, methods, options=CERTAIN)}
     order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         layer: Any = workload.module.get_submodule("bert.encoder.layer.1")
@@ -465,7 +523,7 @@ def test_permuting_units_permutes_their_scores(with_rows: Callable[..., Any]) ->
         up.bias.copy_(up.bias[order])
         down.weight.copy_(down.weight[:, order])
     place = next(p for site, p in workload.structure.slices() if (site.kind, site.layer) == ("ffn", 1))
-    for found in scores.score_all(workload, methods):
+    for found in scores.score_all(workload, methods, options=CERTAIN):
         expected = before[found.method].clone()
         expected[place] = expected[place][order]
         torch.testing.assert_close(found.values, expected, rtol=1e-6, atol=1e-9)
@@ -476,7 +534,8 @@ def test_duplicate_rows_change_no_mean(small: Any) -> None:
     twice = rows.pick([*range(len(rows)), *range(len(rows))])
     doubled = replace(small, data=replace(small.data, calibration=twice))
     methods = [method for method in scores.METHODS if method != "hessian"]  # whose signs are drawn row by row
-    for once, again in zip(scores.score_all(small, methods), scores.score_all(doubled, methods), strict=True):
+    found = [scores.score_all(workload, methods, options=CERTAIN) for workload in (small, doubled)]
+    for once, again in zip(*found, strict=True):
         torch.testing.assert_close(once.values, again.values, rtol=1e-6, atol=1e-10)
 
 
@@ -499,7 +558,7 @@ def test_a_weight_that_is_not_a_number_is_named(with_rows: Callable[..., Any]) -
         ep.score(workload, "wanda")
 
 
-@pytest.mark.parametrize("method", ["fisher", "wanda", "obs", "block_influence"])
+@pytest.mark.parametrize("method", ["fisher", "masked_taylor", "hessian", "wanda", "obs", "block_influence"])
 def test_the_row_and_the_layer_of_an_infinity_are_named(method: str, with_rows: Callable[..., Any]) -> None:
     workload = with_rows("bert")
     rows = workload.data.calibration
@@ -511,5 +570,32 @@ def test_the_row_and_the_layer_of_an_infinity_are_named(method: str, with_rows: 
     broken = replace(workload, module=module, data=replace(workload.data, calibration=calibration))
     with pytest.raises(
         InputError, match=r"activation that 'bert.embeddings.LayerNorm' reads is NaN .* for calibration row 4\.$"
+    ):
+        ep.score(broken, method)
+
+
+class Root(nn.Module):
+    """Its gradient is infinite where its input is zero, and its output finite everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(2, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 2)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that the rows have
+        logits: Tensor = self.last(self.second(self.first(input).relu()).abs().sqrt())
+        return logits
+
+
+@pytest.mark.parametrize("method", ["fisher", "masked_taylor"])
+def test_the_row_and_the_layer_of_an_infinite_gradient_are_named(method: str, with_rows: Callable[..., Any]) -> None:
+    wide = with_rows("wide")
+    module = Root().double()
+    with torch.no_grad():
+        module.first.bias.zero_()
+    structure = mapping.structure(module, families.of_module(module), dict(wide.example))
+    broken = replace(wide, module=module, structure=structure)
+    broken.data.calibration.inputs["input"][3][:] = 0
+    with pytest.raises(
+        InputError, match=r"the gradient of the activation of 'second' is NaN or infinite for calibration row 3\.$"
     ):
         ep.score(broken, method)

@@ -21,6 +21,7 @@ import torch
 from edgepress.errors import InputError, UnavailableError
 from edgepress.models import checkpoint, surgery
 from edgepress.plan import PruningPlan, Unit
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
@@ -110,6 +111,38 @@ def test_adapters_are_merged(model_folder: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="adapts the model '/nowhere', which is not here"):
         ep.load(str(tmp_path / "adapter"))
+
+
+def test_a_classifiers_adapter_brings_its_head(model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    torch.manual_seed(0)
+    encoder = AutoModelForSequenceClassification.from_pretrained(model_folder).bert
+    encoder.save_pretrained(tmp_path / "encoder")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_folder / name, tmp_path / "encoder")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=2)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    rows = {"data": str(reviews_csv), "columns": {"text": "review", "label": "stars"}}
+    workload = ep.load(str(tmp_path / "adapter"), max_length=64, **rows)
+    assert workload.data.metric == "accuracy"
+    with torch.no_grad():
+        theirs = adapted(**workload.example).logits
+    torch.testing.assert_close(_logits(workload), theirs, rtol=1e-4, atol=1e-5)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    some = {name: tensor for name, tensor in tensors.items() if "layer.1" not in name}
+    save_file(some, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"not one of its base: they differ in '.*layer\.1\."):
+        ep.load(str(tmp_path / "adapter"))
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="it brings no head"):
+        ep.load(str(tmp_path / "adapter"))
+    classifier = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    prompt = PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS")
+    get_peft_model(classifier, prompt).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(UnavailableError, match="PROMPT_TUNING changes the inputs and no weights"):
+        ep.load(str(tmp_path / "prompt"))
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -217,8 +250,6 @@ class NewForSequenceClassification(PreTrainedModel):
 def test_code_in_a_folder_runs_only_where_it_is_trusted(
     edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     folder, marker = tmp_path / "new", tmp_path / "marker"
     folder.mkdir()
     (folder / "modeling_new.py").write_text(MODELING.format(marker=str(marker)))
@@ -246,9 +277,8 @@ def test_code_in_a_folder_runs_only_where_it_is_trusted(
     assert marker.exists()
     assert json.loads(done.stdout)["params_after"] < json.loads(done.stdout)["params_before"]
     marker.unlink()
-    again = edgepress("inspect", tmp_path / "pruned", "--rows", 0, env=environment)
-    assert again.returncode == 2
-    assert "does not run without --trust-remote-code" in again.stderr
+    with pytest.raises(InputError, match="does not run without --trust-remote-code"):
+        ep.load(str(tmp_path / "pruned"))
     assert not marker.exists()
     trusted = edgepress("inspect", tmp_path / "pruned", "--rows", 0, "--trust-remote-code", env=environment)
     assert trusted.returncode == 0, trusted.stderr
@@ -257,6 +287,35 @@ def test_code_in_a_folder_runs_only_where_it_is_trusted(
     broken = edgepress("inspect", tmp_path / "pruned", "--rows", 0, "--trust-remote-code", env=environment)
     assert broken.returncode == 2
     assert "fails with ZeroDivisionError" in broken.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 0}, "No list of blocks"),
+        ({"hidden_size": "64"}, "cannot be loaded: Validation error"),
+        ({"intermediate_size": 9}, r"'.*(down|gate|up)_proj\.weight' is \[.*\], and config.json asks for \["),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "requires bitsandbytes"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(decoder_folder: Path, change: dict[str, Any], message: str) -> None:
+    config = json.loads((decoder_folder / "config.json").read_text())
+    (decoder_folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises((InputError, UnavailableError), match=message):
+        ep.load(str(decoder_folder))
+
+
+def test_damaged_weights(decoder_folder: Path) -> None:
+    weights = decoder_folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (b"", whole[:-100], whole[100:]):
+        weights.write_bytes(content)
+        with pytest.raises(InputError, match="cannot be loaded"):
+            ep.load(str(decoder_folder))
+    weights.unlink()
+    (decoder_folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot be loaded: EOFError"):
+        ep.load(str(decoder_folder))
 
 
 def test_another_library_is_one_sentence(decoder_folder: Path) -> None:

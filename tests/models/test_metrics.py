@@ -152,6 +152,21 @@ def test_a_users_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wor
         measures.get("my_metric:nothing")
 
 
+def test_rows_with_nothing_to_judge() -> None:
+    """They change no figure, and a draw of none but them is not counted; alone they are refused."""
+    found = metrics.quality("wer", ("hi there", "one two"), ("...", "one three"))
+    assert (found.value, found.low, found.high) == (150, 50, 150)
+    nothing, token = np.zeros((0, 2)), np.array([[1, -2.0]])
+    assert metrics.quality("perplexity", [nothing, token], None).low == pytest.approx(math.exp(2))
+    none, one = np.array([-100]), np.array([1])
+    assert metrics.quality("token-f1-macro", [nothing, token], [none, one]).low == 100
+    with pytest.raises(InputError, match="cannot be judged"):
+        metrics.quality("wer", ("hi",), ("...",))
+    assert math.isfinite(metrics.quality("perplexity", [np.array([[1, -1e6]])], None).value)
+    with pytest.raises(InputError, match="f1 is of two classes, and the model tells 4 apart"):
+        metrics.quality("f1", LOGITS, LABELS)
+
+
 def test_unknown_metrics_are_refused(workload: Any) -> None:
     with pytest.raises(UsageError, match="accuracy"):
         measures.get("quality")

@@ -52,6 +52,8 @@ def test_tables_of_every_format_give_the_same_rows(tmp_path: Path, suffix: str) 
         ("h.parquet", "PAR1 no", "cannot be read"),
         ("i.npz", "PK no", "cannot be read as arrays"),
         ("j.csv", "text,label\ncaf\xe9,1\n", "not UTF-8 text, from line 2 on"),
+        ("k.csv", "text,label\na, b,1\nc,0\n", "more fields than its first line has names"),
+        ("l.jsonl", '[{"text": "a", "label": 1}]', "no column 'text'"),
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -59,6 +61,25 @@ def test_bad_files_are_one_sentence(tmp_path: Path, name: str, content: str, mes
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(EdgepressError, match=message):
         texts_and_labels(path)
+
+
+def test_columns_beside_the_fields_are_read_where_they_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": [1, 2], "y": 3, "label": 1}\n{"x": [3, 4], "y": 5, "label": 0}\n')
+    found = sources.read(str(tmp_path / "a.jsonl"), {"x": "x"}).columns
+    assert found == {"x": [[1, 2], [3, 4]], "y": [None, None], "label": [1, 0]}
+
+
+def test_tables_that_hold_images(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 9)
+    content = (tmp_path / "a.png").read_bytes()
+    for cell in (content, {"bytes": content, "path": "a.png"}, {"bytes": None, "path": "a.png"}, "a.png"):
+        pd.DataFrame({"image": [cell], "label": [1]}).to_parquet(tmp_path / "a.parquet")
+        (found,) = sources.read(str(tmp_path / "a.parquet"), {}).columns["image"]
+        assert media.digest(found) == media.digest(content)
+        assert media.pixels(found, (3, 4, 4))[0, 0].tolist() == [9, 0, 0]
+        assert media.pixels(found, (1, 4, 4)).shape == (4, 4)
+    with pytest.raises(InputError, match="holds float64, not bytes"):
+        media._opened(np.zeros((4, 4)), "L")
 
 
 def test_a_table_larger_than_what_is_kept_is_sampled_whatever_its_order(
@@ -150,6 +171,13 @@ def test_saved_datasets_with_splits_names_and_images(tmp_path: Path) -> None:
     assert len(found) == 6
     assert found.columns["text"][1] == "t1"
     assert np.asarray(Image.open(io.BytesIO(found.columns["image"][3])))[0, 0].tolist() == [3, 0, 0]
+    datasets.DatasetDict({"train": part(4), "unsupervised": part(2), "val": part(3)}).save_to_disk(tmp_path / "val")
+    found = sources.read(str(tmp_path / "val"), {})
+    assert found.held_out is not None
+    assert found.held_out.tolist() == [False] * 4 + [True] * 3
+    datasets.DatasetDict({"test": part(4)}).save_to_disk(tmp_path / "alone")
+    found = sources.read(str(tmp_path / "alone"), {})
+    assert (len(found), found.held_out) == (4, None)
     (tmp_path / "set" / "train" / "data-00000-of-00001.arrow").write_bytes(b"no")
     with pytest.raises(InputError, match="cannot be read as a saved dataset"):
         sources.read(str(tmp_path / "set"), {})
@@ -161,13 +189,20 @@ def picture(path: Path, value: int = 0) -> None:
 
 
 def test_folders_of_images(tmp_path: Path) -> None:
-    for number, name in enumerate(["train/cat/a.png", "train/dog/b.png", "test/cat/c.jpg"]):
-        picture(tmp_path / "classes" / name, number)
-    found = sources.read(str(tmp_path / "classes"), {})
-    assert list(found.columns["label"]) == ["cat", "cat", "dog"]
-    assert found.held_out is not None
-    assert found.held_out.tolist() == [True, False, False]
-    assert found.label_names == ("cat", "dog")
+    for held in ("test", "val"):
+        for number, name in enumerate(["train/cat/a.png", "train/dog/b.png", f"{held}/cat/c.jpg"]):
+            picture(tmp_path / held / name, number)
+        found = sources.read(str(tmp_path / held), {})
+        assert list(found.columns["label"]) == ["cat", "dog", "cat"]
+        assert found.held_out is not None
+        assert found.held_out.tolist() == [False, False, True]
+        assert found.label_names == ("cat", "dog")
+    (tmp_path / "val" / "train" / "metadata.csv").write_text("file_name,label\ncat/a.png,dog\n")
+    (tmp_path / "val" / "val" / "metadata.csv").write_text("file_name,label\ncat/c.jpg,cat\n")
+    assert list(sources.read(str(tmp_path / "val"), {}).columns["label"]) == ["dog", "cat"]
+    (tmp_path / "val" / "val" / "metadata.csv").write_text("file_name,text\ncat/c.jpg,a cat\n")
+    with pytest.raises(InputError, match="differ in what they have: image, label and image, text"):
+        sources.read(str(tmp_path / "val"), {})
     picture(tmp_path / "flat" / "a.png")
     assert set(sources.read(str(tmp_path / "flat"), {}).columns) == {"image"}
     picture(tmp_path / "flat" / "cat" / "b.png")
@@ -208,6 +243,8 @@ def test_recordings_are_resampled(tmp_path: Path) -> None:
     assert len(low) == len(high) == 8000
     assert np.corrcoef(low, high)[0, 1] > 0.999
     assert 0.49 < low.max() < 0.51
+    decoded = {"array": media.samples_of(tmp_path / "48000.wav", 48000), "sampling_rate": 48000}
+    np.testing.assert_array_equal(media.samples_of(decoded, 16000), high)
     (tmp_path / "bad.wav").write_bytes(b"RIFF no")
     with pytest.raises(InputError, match=r"bad\.wav cannot be read as a recording"):
         media.samples_of(tmp_path / "bad.wav", 16000)
