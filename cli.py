@@ -15,6 +15,8 @@ import typer
 from .errors import ConstraintError, EdgepressError, UsageError
 
 if TYPE_CHECKING:
+    from .benchmarks.speed import Fitted
+    from .compress.score import Scores
     from .models.workload import Progress, Workload
     from .pipeline import Outcome
 
@@ -137,11 +139,9 @@ def _load(
 
 
 def _table(original: dict[str, Any], results: list[dict[str, Any]], chosen: str | None) -> None:
-    from rich.console import Console
+    from .benchmarks.tables import rich_table, terminal
 
-    from .benchmarks.tables import rich_table
-
-    Console(width=None if sys.stdout.isatty() else 160).print(rich_table(original, results, chosen))
+    terminal().print(rich_table(original, results, chosen))
 
 
 @app.command()
@@ -254,7 +254,8 @@ def inspect(
         listed = found["layers"]
     shown = {name: title for name, title in titles.items() if name == "layer" or any(row[name] for row in listed)}
     lines = [[f"{row[name]:,}" if isinstance(row[name], int) else row[name] or "" for name in shown] for row in listed]
-    plain_table(list(shown.values()), lines)
+    if lines:
+        plain_table(list(shown.values()), lines)
     known = found["statistics"]
     if known:
         print(f"statistics of {known['rows']:,} calibration rows, mean loss {known['loss']:.4g}")
@@ -273,40 +274,65 @@ def score(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    method: Annotated[str, typer.Option("--method", help="See 'edgepress methods'.")] = "fisher",
+    method: Annotated[
+        str,
+        typer.Option("--method", help="One, several with commas, or all that are cheap; see 'edgepress methods'."),
+    ] = "masked-taylor",
     rows: Annotated[int, typer.Option("--rows", help="Calibration rows.", min=1)] = 256,
-    validate: Annotated[int | None, typer.Option("--validate", help="Units to remove in trials.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write.")] = None,
+    validate: Annotated[
+        int | None, typer.Option("--validate", help="Units of each kind to mask in trials of the scores.", min=2)
+    ] = None,
+    trial_rows: Annotated[
+        int, typer.Option("--trial-rows", help="Rows of the trials, others than scored.", min=2)
+    ] = 128,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="A .json, .csv or .parquet file, or a folder for a page and those."),
+    ] = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """How much each head, feed-forward channel and block matters."""
+    """How much each head, feed-forward channel and block matters, and with --validate which score to believe."""
+    from .benchmarks import score_table
     from .compress import score as scores
-    from .errors import UnavailableError
-    from .files import write_text
 
-    scores.get(method)
-    if validate is not None:
-        raise UnavailableError("--validate (scores against trial removals) is not available yet in this version.")
+    methods = _methods(method)
+    if out:
+        score_table.check_out(out)
     with ExitStack() as stack:
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
-        found = scores.score(workload, method, rows=rows, seed=seed, progress=screen.progress("score"))
-    document = scores.to_json(found)
-    if out:
-        write_text(out, json.dumps(document) + "\n")
+        found = scores.score_all(workload, methods, rows=rows, seed=seed, progress=screen.progress("score"))
+        validation, judged = None, 0
+        if validate:
+            from .compress.score import validate as trials
+
+            unseen = trials.unseen(workload, scored=rows, count=trial_rows, seed=seed)
+            judged, step = len(unseen), screen.progress("validate")
+            if set(unseen.keys) & set(workload.data.calibration.take(rows, seed).keys):
+                screen.say("note: there are too few other rows, so the trials are on rows that the scores have seen")
+            validation = trials.validate(workload, found, units=validate, rows=unseen, seed=seed, progress=step)
+    facts = {"name": workload.name, "rows": min(rows, len(workload.data.calibration)), "trial_rows": judged}
+    document = facts | scores.to_json(*found, validation=validation)
+    written = score_table.write_scores(document, out) if out else None
     if json_:
         _print(document)
         return
-    from .benchmarks.tables import plain_table
+    from .benchmarks.score_screen import show
 
-    lines = []
-    for kind in workload.structure.kinds:
-        for layer, values in enumerate(found.of(kind)):
-            ranked = sorted(range(len(values)), key=values.__getitem__)
-            lowest = " ".join(str(index) for index in ranked[:6])
-            lines.append([kind, layer, len(values), f"{min(values):.3g}", f"{sum(values) / len(values):.3g}", lowest])
-    plain_table(["kind", "layer", "units", "least", "mean", "least important"], lines)
+    show(document)
+    if written:
+        print(f"written  {written}")
+
+
+def _methods(text: str) -> list[str]:
+    """``fisher,masked-taylor``, or ``all``, which leaves out what takes many passes over the rows."""
+    from .compress import score as scores
+
+    cheap = {*scores.cheap(), "masked_taylor"}
+    every = [name for name in scores.METHODS if name in cheap]
+    names = [name.strip() for name in text.split(",")]
+    return [one for name in names for one in (every if name == "all" else [scores.canonical(name)])]
 
 
 @app.command()
@@ -315,42 +341,51 @@ def prune(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    method: Annotated[str, typer.Option("--method", help="Score; see 'edgepress methods'.")] = "fisher",
+    method: Annotated[str, typer.Option("--method", help="Score; see 'edgepress methods'.")] = "masked-taylor",
     ratio: Annotated[
-        str, typer.Option("--ratio", help="Share of heads and channels that goes, or by kind: ffn=0.5,block=0.25.")
-    ] = "0.5",
+        str | None,
+        typer.Option("--ratio", help="Share of heads and channels that goes, 0.5 if not said: or ffn=0.5,block=0.25."),
+    ] = None,
+    speedup: Annotated[
+        str | None, typer.Option("--speedup", help="Instead of a ratio: so much faster on --target, measured: 2x.")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="Of --speedup: cpu, or cpu:N for N threads.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Of --speedup: rows at a time.", min=1)] = 1,
+    seq: Annotated[
+        int | None, typer.Option("--seq", help="Of --speedup: tokens; 128 where the model takes as many.", min=1)
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of --speedup: what is deployed, fp32 or int8-dynamic.")
+    ] = "fp32",
     metric: MetricOption = None,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="The same widths in every layer: a folder that AutoModel loads.")
     ] = False,
     recover: Annotated[str, typer.Option("--recover", help="none, reconstruct or distill.")] = "reconstruct",
     steps: Annotated[int, typer.Option("--steps", help="Steps of distillation.", min=1)] = 160,
-    target: Annotated[str | None, typer.Option("--target", hidden=True)] = None,
-    speedup: Annotated[str | None, typer.Option("--speedup", hidden=True)] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint folder to write.")] = Path("pruned"),
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """Remove the least important heads and channels for good, and write a checkpoint."""
+    """Remove the least important units for good, by a ratio or down to a measured speed, and write a checkpoint."""
     from dataclasses import asdict
 
     from .compress import score as scores
-    from .errors import UnavailableError
 
-    if target or speedup:
-        raise UnavailableError(
-            "prune --target --speedup is not available yet in this version; use --ratio, or compress."
-        )
+    if speedup and (ratio or uniform):
+        raise UsageError(f"Give --speedup or {'--ratio' if ratio else '--uniform'}, not both.")
+    if target and not speedup:
+        raise UsageError("--target says where --speedup is measured; give both.")
+    wanted = _wanted(speedup, target or "cpu", precision) if speedup else None
     if recover not in {"none", "reconstruct", "distill"}:
         raise UsageError(f"There is no recovery '{recover}' (there is: none, reconstruct, distill).")
     scores.get(method)
-    shares = _shares(ratio)
+    shares = _shares(ratio or "0.5")
+    fitted: Fitted | None = None
     with ExitStack() as stack:
         from .compress import prune as pruning
-        from .compress.prune.reconstruct import reconstruct
-        from .compress.recover import recover as distill
-        from .models import checkpoint, metrics
+        from .models import checkpoint, metrics, surgery
         from .models.plain import plain_skeleton
 
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code, metric)
@@ -360,13 +395,15 @@ def prune(
         before = metrics.answers(workload, judged, metric=name, progress=judge) if judged else None
         params, macs = workload.params, workload.macs
         alone = recover == "none"  # nothing needs the original's module any more
-        pruned = pruning.prune(workload, found, ratio=shares, uniform=uniform, in_place=alone)
+        if wanted is not None:
+            fitted = _fit(workload, found, screen, (target or "cpu", batch, seq, precision), wanted)
+            pruned = surgery.prune(workload, fitted.plan, in_place=alone)
+        else:
+            pruned = pruning.prune(workload, found, ratio=shares, uniform=uniform, in_place=alone)
         if uniform:
             plain_skeleton(pruned)  # refused before anything is trained
-        if recover != "none":
-            pruned = reconstruct(workload, pruned, seed=seed, progress=screen.progress("reconstruct"))
-        if recover == "distill":
-            pruned = distill(pruned, workload, steps=steps, seed=seed, progress=screen.progress("distill")).workload
+        if not alone:
+            pruned = _recovered(workload, pruned, screen, seed, steps if recover == "distill" else 0)
         checkpoint.save(pruned, out, plain=uniform)
         quality = None
         if judged:
@@ -381,13 +418,90 @@ def prune(
         "macs_after": pruned.macs,
         "quality": quality,
     }
+    if fitted:
+        document["speed"] = fitted.to_json()
     if json_:
         _print(document)
-        return
-    print(f"parameters {params:,} → {pruned.params:,}\nMACs       {macs:,} → {pruned.macs:,}")
+    else:
+        _pruned(document)
+    if fitted:
+        fitted.check()
+
+
+def _wanted(speedup: str, target: str, precision: str) -> float:
+    """The speed asked for, of a target and in a precision that there are."""
+    from . import recipe
+    from .benchmarks.targets import parse
+    from .compress import quantize as quantizers
+
+    parse(target)
+    if precision != "fp32":
+        quantizers.get(precision)
+    wanted = recipe.quantity("speedup", speedup)
+    if wanted <= 1:
+        raise UsageError(f"A speedup of {wanted:g}x asks for nothing; it must be above 1.")
+    return wanted
+
+
+def _fit(
+    workload: Workload, found: Scores, screen: Screen, where: tuple[str, int, int | None, str], wanted: float
+) -> Fitted:
+    """The plan that makes ``workload`` ``wanted`` times faster; ``where`` is target, batch, sequence and precision."""
+    import tempfile
+
+    from .benchmarks import latency, speed
+    from .compress.prune import budget
+
+    target, batch, seq, precision = where
+    table = latency.measure(
+        workload,
+        target=target,
+        batch=batch,
+        sequence=seq or min(128, workload.max_length or 128),
+        precision=precision,
+        progress=screen.progress("latency"),
+    )
+    structure = workload.structure
+    with tempfile.TemporaryDirectory() as folder:
+        return speed.fit(
+            workload,
+            table,
+            budget.sums(structure, found.values),
+            budget.orders(structure, found.values),
+            speedup=wanted,
+            folder=Path(folder),
+            say=screen.say,
+            progress=screen.progress("allocate"),
+        )
+
+
+def _recovered(workload: Workload, pruned: Workload, screen: Screen, seed: int, steps: int) -> Workload:
+    """``pruned`` reconstructed, and distilled where there are ``steps``."""
+    from .compress.prune.reconstruct import reconstruct
+    from .compress.recover import recover as distill
+
+    pruned = reconstruct(workload, pruned, seed=seed, progress=screen.progress("reconstruct"))
+    if not steps:
+        return pruned
+    return distill(pruned, workload, steps=steps, seed=seed, progress=screen.progress("distill")).workload
+
+
+def _pruned(document: dict[str, Any]) -> None:
+    """What a pruning came to, for people."""
+    quality, speed = document["quality"], document.get("speed")
+    for title, name in (("parameters", "params"), ("MACs      ", "macs")):
+        print(f"{title} {document[f'{name}_before']:,} → {document[f'{name}_after']:,}")
+    if speed:
+        ratio = speed["speedup"]
+        print(
+            f"latency    {speed['original_ms']:.2f} → {speed['measured_ms']:.2f} ms measured, "
+            f"{speed['predicted_ms']:.2f} predicted ({speed['target']}, {speed['precision']}, batch {speed['batch']})\n"
+            f"speedup    {ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}] measured, "
+            f"{speed['predicted_speedup']:.2f}x predicted"
+        )
     if quality:
         print(f"{quality['metric']}   {quality['value']:.2f} (drop {quality['drop']:.2f})")
-    print(f"checkpoint {out}")
+    print(f"checkpoint {document['checkpoint']}")
 
 
 @app.command()

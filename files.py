@@ -37,12 +37,17 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def write_text(target: Path, text: str) -> None:
     """Write ``text`` to ``target`` in one step."""
+    write_bytes(target, text.encode("utf-8"))
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write ``content`` to ``target`` in one step."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
             Path(name).chmod(0o644)
             Path(name).replace(target)
         finally:

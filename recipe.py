@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import InputError, UsageError
 from .gate import Constraint
@@ -36,8 +36,13 @@ class Limits(_Strict):
 
 
 class Score(_Strict):
-    method: str = "fisher"
+    method: str = "masked_taylor"
     rows: int = Field(default=256, ge=1)
+
+    @field_validator("method")
+    @classmethod
+    def _with_underscores(cls, name: str) -> str:
+        return name.replace("-", "_")
 
 
 class Level(_Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -94,6 +94,23 @@ def growth(xs: Sequence[float], ys: Sequence[float], x_title: str, y_title: str,
     plane.line([(x, slope * x + rest) for x in (min(xs), max(xs))], "frontier")
     for x, y in zip(xs, ys, strict=True):
         plane.parts.append(f'<circle class="point" cx="{plane.x(x):.1f}" cy="{plane.y(y):.1f}" r="5"/>')
+    return plane.svg(title)
+
+
+def agreement(series: Mapping[str, Sequence[tuple[float, float]]], axes: tuple[str, str], title: str) -> str:
+    """Pairs that should be equal, and the line where they are; each series has its name by its last point."""
+    every = [0.0, *(value for pairs in series.values() for pair in pairs for value in pair)]
+    plane = _Plane(every, every, *axes)
+    plane.line([(0.0, 0.0), (max(every), max(every))], "frontier")
+    for number, (name, pairs) in enumerate(series.items()):
+        for x, y in ((plane.x(a), plane.y(b)) for a, b in pairs):
+            plane.parts.append(
+                f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+                if number % 2 == 0
+                else f'<rect class="point" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
+            )
+        a, b = max(pairs)
+        plane.text(plane.x(a) - 10, plane.y(b) - 8, name, "end", "label")
     return plane.svg(title)
 
 
@@ -190,9 +207,9 @@ def _spread(places: Sequence[float], low: float, high: float, apart: float = 14)
     order = np.argsort(places, kind="stable")
     steps = np.arange(len(places)) * apart
     free = np.asarray(places, dtype=np.float64)[order] - steps
-    down = np.clip(np.maximum.accumulate(free), low, high - steps[-1]) + steps
+    down, up = np.maximum.accumulate(free), np.minimum.accumulate(free[::-1])[::-1]
     found = np.empty(len(places))
-    found[order] = down
+    found[order] = np.clip((down + up) / 2, low, high - steps[-1]) + steps
     return [float(place) for place in found]
 
 
@@ -206,17 +223,20 @@ def heat_map(kind: str, counts: dict[int, int], gone: dict[int, set[int]], block
     cell, row_height, left = (WIDTH - 90) / cells_a_row, 22, 84
     ranks = _ranks(values) if values else None
     parts = []
+    whole = kind == "hidden"  # of all layers at once, and in no block
     for place, (layer, count) in enumerate(counts.items()):
         y = place * (row_height + 4)
-        lost = set(range(count)) if layer in blocks else gone.get(layer, set())
+        out = layer in blocks and not whole
+        lost = set(range(count)) if out else gone.get(layer, set())
+        name = "stream" if whole else f"layer {layer}"
         bins = np.array_split(np.arange(count), min(cells_a_row, count))
-        note = "block removed" if layer in blocks else f"{count - len(lost)} of {count} kept"
-        parts.append(f'<text class="tick" x="0" y="{y + 15}">layer {layer}</text>')
+        note = "block removed" if out else f"{count - len(lost)} of {count} kept"
+        parts.append(f'<text class="tick" x="0" y="{y + 15}">{name}</text>')
         for position, members in enumerate(bins):
             share = sum(int(index) in lost for index in members) / len(members)
             shade = float(np.mean([ranks[place][index] for index in members])) if ranks else 0.5
             x = left + position * cell
-            tip = f"layer {layer}, {kind} {members[0]} to {members[-1]}: {share:.0%} removed ({note})"
+            tip = f"{name}, {kind} {members[0]} to {members[-1]}: {share:.0%} removed ({note})"
             box = f'x="{x:.1f}" width="{cell - 1.5:.1f}"'
             parts.append(
                 f'<g><title>{tip}</title><rect class="heat" {box} y="{y}" height="{row_height}" '
@@ -431,5 +451,5 @@ def cells(
             plane.box(plane.left + place * width, row, width - 2, 0.04 + 0.86 * shade, tip)
             if width >= 34 and value is not None:
                 middle = plane.left + (place + 0.5) * width - 1
-                plane.text(middle, row, f"{value:.2f}", "middle", "cell on" if shade > 0.78 else "cell")
+                plane.text(middle, row, f"{round(value, 2) + 0.0:.2f}", "middle", "cell on" if shade > 0.78 else "cell")
     return plane.svg(title)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import write_text
 from . import charts, tables
-from .page import page
+from .page import note, page, table
 
 Row = dict[str, Any]
 
@@ -19,6 +19,8 @@ SIMILARITY = "Linear CKA between what the first block is given and what each blo
 HEADS = (
     ("entropy", "Entropy", "0: all of the mass on one key; 1: the same on all keys that a query sees."),
     ("peak", "Sink share", "Share of a head's mass on the most attended token of each row."),
+    ("distance", "Distance", "Tokens from query to key, mean by mass; the darkest looks farthest of all."),
+    ("likeness", "Most alike head", "Correlation of a head's map with the map of its layer that is most like it."),
 )
 """What is shown of each head: the field, its title and what it means."""
 
@@ -34,7 +36,7 @@ def write_inspection(found: Row, folder: Path) -> Path:
         sections += _statistics(found["statistics"])
         notes += found["statistics"]["notes"]
     if notes:
-        sections.append(("Notes", f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"))
+        sections.append(("Notes", f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in notes)}</ul>"))
     write_text(folder / "inspect.html", page(found["name"], headline(found), sections))
     return folder / "inspect.html"
 
@@ -65,32 +67,22 @@ def _statistics(known: Row) -> list[tuple[str, str]]:
     changes, cka = known["representation"]["layers"], known["representation"]["cka"]
     stacks = tables.stack_names([entry["stack"] for entry in changes])
     names = {entry["layer"]: f"{stacks[entry['stack']]} {entry['layer']}" for entry in changes}
-    over = _note(f"Over {known['rows']:,} calibration rows, whose mean loss is {known['loss']:.4g}.")
+    over = note(f"Over {known['rows']:,} calibration rows, whose mean loss is {known['loss']:.4g}.")
     sections = [
-        ("Layer by layer", _table(known) + over),
+        ("Layer by layer", table(*tables.statistics(known), name="layers") + over),
         ("Gradient flow", charts.gradient_flow(flow["layers"], _labels(flow["layers"], names)) + _flow_note(flow)),
     ]
     if changes:
         labels = [_run(names[entry["layer"]], entry, changes) for entry in changes]
         tips = [f"cosine {e['cosine']:.4f}, norm of the update {e['update_norm']:.3f} of the input's" for e in changes]
         bars = charts.influence(labels, [entry["influence"] for entry in changes], tips)
-        sections.append(("Block influence", bars + _note(INFLUENCE)))
+        sections.append(("Block influence", bars + note(INFLUENCE)))
     if cka:
-        sections.append(("Similarity of depths", "".join(_cka(entry, stacks) for entry in cka) + _note(SIMILARITY)))
+        sections.append(("Similarity of depths", "".join(_cka(entry, stacks) for entry in cka) + note(SIMILARITY)))
     if attention:
         pictures = "".join(_heads(attention, names, *shown) for shown in HEADS)
-        sections.append(("Attention", pictures + _note("Rows are layers, columns are their heads.")))
+        sections.append(("Attention", pictures + note("Rows are layers, columns are their heads.")))
     return sections
-
-
-def _table(known: Row) -> str:
-    header, lines = tables.statistics(known)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(text)}</td>" for text in rest)}</tr>'
-        for first, *rest in lines
-    )
-    return f'<div class="wide"><table id="layers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _labels(layers: Sequence[Row], names: dict[int, str]) -> list[str]:
@@ -117,11 +109,7 @@ def _flow_note(flow: Row) -> str:
             if entry[word]:
                 listed = ", ".join(map(str, entry[word][:20])) + (", …" if len(entry[word]) > 20 else "")
                 texts.append(f"Layer {entry['layer']}, {entry['kind']} units, {word.replace('_', ' ')}: {listed}")
-    return "".join(map(_note, texts))
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+    return "".join(map(note, texts))
 
 
 def _run(name: str, entry: Row, entries: Sequence[Row]) -> str:
@@ -137,16 +125,24 @@ def _cka(entry: Row, stacks: dict[str, str]) -> str:
     return title + picture
 
 
-def _heads(entries: Sequence[Row], names: dict[int, str], field: str, title: str, note: str) -> str:
+def _heads(entries: Sequence[Row], names: dict[int, str], field: str, title: str, meaning: str) -> str:
     parts = [f"<h3>{title}</h3>"]
     for kind, word in (("head", ""), ("cross_head", "Cross-attention")):
         listed = [entry for entry in entries if entry["kind"] == kind]
-        if not listed:
+        rows = [_of_heads(entry, field) for entry in listed]
+        known = [value for row in rows for value in row if value is not None]
+        if not known:  # there is no distance from one sequence to another
             continue
         if word:
-            parts.append(_note(word))
+            parts.append(note(word))
         labels = [_run(names[entry["layer"]], entry, listed) for entry in listed]
-        rows = [[head[field] for head in entry["heads"]] for entry in listed]
         columns = [str(number) for number in range(max(map(len, rows)))]
-        parts.append(charts.cells(labels, rows, f"{title} of each head", columns))
-    return "".join(parts) + _note(note)
+        parts.append(charts.cells(labels, rows, f"{title} of each head", columns, scale=max(1.0, *known)))
+    return "".join(parts) + note(meaning)
+
+
+def _of_heads(entry: Row, field: str) -> list[float | None]:
+    """One of ``HEADS`` for each head of a layer, None where it is not known."""
+    if field == "likeness":
+        return [max((*row[:head], *row[head + 1 :]), default=None) for head, row in enumerate(entry["similarity"])]
+    return [head[field] for head in entry["heads"]]

@@ -30,6 +30,7 @@ KINDS = {
     "cross_head": "Heads of cross-attention",
     "ffn": "Feed-forward channels",
     "channel": "Channels",
+    "hidden": "Channels of the hidden width",
 }
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Row = dict[str, Any]
 
@@ -140,13 +144,22 @@ def rich_table(original: Row, results: Sequence[Row], chosen: str | None) -> Any
     return table
 
 
-def plain_table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+def plain_table(header: Sequence[str], lines: Sequence[Sequence[Any]], *, title: str = "") -> None:
     """Print a table of anything."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*header, header_style="bold")
     for line in lines:
         table.add_row(*(Text(str(cell)) for cell in line))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = terminal()
+    if title:
+        console.print(Text(f"\n{title}", style="bold"))
+    console.print(table)
+
+
+def terminal() -> Console:
+    """Standard output: as wide as the terminal is or ``COLUMNS`` says, and wide enough for a table in a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 160)

@@ -56,6 +56,55 @@ def test_the_verbs_one_after_the_other(edgepress: Any, model_folder: Path, revie
     assert all(row["source"] and row["what"] for row in run("methods", "--json")["methods"])
 
 
+def test_scores_as_tables(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    import pandas as pd
+
+    data = ("--data", reviews_csv, *COLUMNS, "--rows", "8", "--json")
+    for ending, read in (("csv", pd.read_csv), ("parquet", pd.read_parquet)):
+        done = edgepress("score", model_folder, *data, "--method", "all", "-o", tmp_path / f"scores.{ending}")
+        assert done.returncode == 0, done.stderr
+        units = json.loads(done.stdout)["units"]
+        methods = list(units[0]["scores"])
+        assert {"masked_taylor", "second_order", "block_influence", "random"} < set(methods)
+        assert "ablation" not in methods
+        expected = [
+            (unit["kind"], unit["layer"], unit["index"], method, unit["scores"][method], unit["params"], unit["macs"])
+            for method in methods
+            for unit in units
+        ]
+        frame = read(tmp_path / f"scores.{ending}")
+        assert list(frame.columns) == ["kind", "layer", "index", "method", "value", "params", "macs"]
+        assert list(frame.itertuples(index=False, name=None)) == expected
+
+
+def test_scores_and_their_trials(edgepress: Any, model_folder: Path, reviews_csv: Path) -> None:
+    options = ("--method", "head-gate,ablation", "--rows", "8", "--validate", "4", "--trial-rows", "8")
+    args = ("score", model_folder, "--data", reviews_csv, *COLUMNS, *options)
+    document = json.loads(edgepress(*args, "--json").stdout)
+    assert (document["rows"], document["trial_rows"]) == (8, 8)
+    assert list(document["units"][0]["scores"]) == list(document["validation"]) == ["head_gate", "ablation"]
+    for kinds in document["validation"].values():
+        assert set(kinds) == {"head", "ffn", "block", "hidden"}
+        assert {"n", "spearman", "low", "high", "kendall", "regret", "ceiling", "sets", "curve"} <= set(kinds["head"])
+        assert kinds["head"]["n"] == 4
+    narrow, wide = (edgepress(*args, env={**os.environ, "COLUMNS": str(columns)}) for columns in (80, 120))
+    for done, columns in ((narrow, 80), (wide, 120)):
+        assert done.returncode == 0, done.stderr
+        assert max(map(len, done.stdout.splitlines())) <= columns
+        for kind in ("head", "ffn", "block", "hidden"):
+            assert f"\n{kind}: rank correlation of methods" in done.stdout
+            assert f"\n{kind}: {4 if kind != 'block' else 3} units in trials" in done.stdout
+    area = document["validation"]["ablation"]["head"]["curve"]["area"]
+    assert f" {area:.3g}" in wide.stdout
+
+
+def test_a_recipe_writes_methods_with_hyphens_too() -> None:
+    from edgepress import recipe
+
+    found = recipe.from_mapping({"model": "zoo:minilm-reviews", "score": {"method": "masked-taylor"}}, "here")
+    assert found.score.method == "masked_taylor"
+
+
 def test_compare_and_report_of_a_run(edgepress: Any, finished_run: Path) -> None:
     done = edgepress("compare", finished_run)
     assert done.returncode == 0
@@ -173,7 +222,9 @@ def test_labels_the_wrong_way_round(
         (["compress", "zoo:minilm-reviews", "-o", "/dev/null"], "is a file"),
         (["compress", "zoo:minilm-reviews", "-o", "/dev/null/run"], "cannot be written"),
         (["score", "zoo:minilm-reviews", "--method", "nope"], "no score 'nope'"),
-        (["score", "zoo:minilm-reviews", "--validate", "5"], "not available yet"),
+        (["score", "zoo:minilm-reviews", "--method", "fisher,nope"], "no score 'nope'"),
+        (["score", "zoo:minilm-reviews", "-o", "scores.txt"], "neither a folder nor a file that ends in .json"),
+        (["score", "zoo:minilm-reviews", "-o", "/dev/null"], "neither a folder nor"),
         (["quantize", "zoo:minilm-reviews", "--scheme", "int4"], "not available yet"),
         (["quantize", "zoo:minilm-reviews", "--scheme", "int3"], "no scheme 'int3'"),
         (["export", "zoo:minilm-reviews", "--to", "openvino"], "not available yet"),

@@ -147,9 +147,10 @@ def test_images_reach_a_network_as_it_takes_them(place: Path, monkeypatch: pytes
 
 def test_a_network_with_nothing_to_remove(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(place))
-    with pytest.raises(InputError, match="Nothing in own_networks:words can be removed: the 2 channels that"):
-        cli.prune("own_networks:words", out=tmp_path / "pruned")
-    assert not (tmp_path / "pruned").exists()
+    for command, out in ((cli.prune, "pruned"), (cli.score, "scores.json")):
+        with pytest.raises(InputError, match="Nothing in words can be removed: the 2 channels that"):
+            command("own_networks:words", out=tmp_path / out)
+        assert not (tmp_path / out).exists()
 
 
 def test_a_network_that_fails_on_its_rows(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

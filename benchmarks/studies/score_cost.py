@@ -4,7 +4,8 @@
 
 All methods that share one pass, together, on rows of 128 tokens. Every figure comes from a process of its own, and
 repetitions are interleaved. Memory is the peak resident set, held against that of a process which loads the same model
-and makes one ordinary step, forward and backward with the gradients of all parameters, on one batch of the same size.
+and makes one ordinary step, forward and backward with the gradients of all parameters, on one batch: of as many rows as
+scoring takes at once, and of 32.
 """
 
 from __future__ import annotations
@@ -63,13 +64,12 @@ def work(what: str, model: str, rows: int, threads: int) -> dict[str, Any]:
     """One figure, in this process."""
     import torch
     from edgepress.compress import score as scores
-    from edgepress.compress.score.evidence import BATCH
 
     torch.set_num_threads(threads)
     workload = loaded(model, rows)
     begin = time.perf_counter()
     if what == "step":
-        (batch, *_) = workload.data.calibration.batches(BATCH)
+        (batch,) = workload.data.calibration.batches(rows)
         workload.losses(batch).sum().backward()
     elif what == "score":
         scores.score_all(workload, scores.cheap(), rows=rows)
@@ -89,10 +89,11 @@ def elsewhere(what: str, model: str, rows: int, threads: int) -> dict[str, Any]:
 def study(model: str, threads: int, repeat: int) -> dict[str, Any]:
     from edgepress.benchmarks.environment import fingerprint
     from edgepress.compress import score as scores
+    from edgepress.compress.score.evidence import BATCH
 
     name = f"{Path(__file__).stem}:stack"
     cases = [("score", model, rows) for rows in ROWS] + [("score", f"{name}{layers}", 128) for layers in LAYERS]
-    cases += [("step", model, 512), ("load", model, 512)]
+    cases += [("load", model, BATCH), ("step", model, BATCH), ("step", model, 32)]
     taken: dict[tuple[str, str, int], list[dict[str, Any]]] = {case: [] for case in cases}
     for number in range(repeat):
         for what, of, rows in cases:
@@ -107,7 +108,11 @@ def study(model: str, threads: int, repeat: int) -> dict[str, Any]:
         {"params": taken[case][0]["params"], "seconds": middle(case, "seconds")}
         for case in (("score", f"{name}{layers}", 128) for layers in LAYERS)
     ]
-    memory = {what: middle((what, model, 512), "peak_rss_bytes") for what in WORKS}
+    memory = {
+        f"{what} {rows}": middle((what, model, rows), "peak_rss_bytes")
+        for what, of, rows in cases
+        if of == model and (what != "score" or rows in {ROWS[0], ROWS[-1]})
+    }
     return {
         "model": model,
         "methods": list(scores.cheap()),
@@ -116,7 +121,6 @@ def study(model: str, threads: int, repeat: int) -> dict[str, Any]:
         "by_rows": by_rows,
         "by_params": by_params,
         "peak_rss_bytes": memory,
-        "memory_ratio": memory["score"] / memory["step"],
         "environment": fingerprint(threads),
     }
 
@@ -151,7 +155,7 @@ def main() -> None:
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if given.charts:
         charts(found, given.charts)
-    print(json.dumps({name: found[name] for name in ("by_rows", "by_params", "memory_ratio")}, indent=1))
+    print(json.dumps({name: found[name] for name in ("by_rows", "by_params", "peak_rss_bytes")}, indent=1))
 
 
 if __name__ == "__main__":

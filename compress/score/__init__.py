@@ -72,7 +72,7 @@ def cheap() -> tuple[str, ...]:
 
 def score(
     workload: Workload,
-    method: str = "fisher",
+    method: str = "masked_taylor",
     *,
     rows: int = 256,
     seed: int = 0,

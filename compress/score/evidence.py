@@ -26,7 +26,7 @@ from ...models.surgery import gated
 from ...models.workload import Progress, Workload, check_finite
 from .readers import Moments, Seen, readers, watched
 
-BATCH = 32
+BATCH = 16
 KEPT_ROWS = 1024
 STATISTICS = {
     "gates": "means over rows of the gate gradients, of their sizes and of their squares",

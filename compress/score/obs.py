@@ -59,7 +59,8 @@ def errors(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     if columns.shape[1] == 1:
         return own.square().sum(dim=(1, 2)) / inverse.diagonal()[columns[:, 0]]
     between = inverse[columns[:, :, None], columns[:, None, :]]
-    return (own * torch.linalg.solve(between, own, left=False)).sum(dim=(1, 2))
+    solved: Tensor = torch.linalg.solve(between, own, left=False)
+    return (own * solved).sum(dim=(1, 2))
 
 
 def _inverse(moments: Moments, *, centred: bool, ridge: float) -> Tensor:

@@ -49,7 +49,7 @@ def test_it_renders(open_page: Any, inspected: Path, scheme: str, width: int) ->
     assert complaints == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     pictures = page.locator("svg").all()
-    assert len(pictures) == 5
+    assert len(pictures) == 7
     assert all(box and box["width"] > 100 and box["height"] > 20 for box in (p.bounding_box() for p in pictures))
     assert page.evaluate(CROSSING) == []
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -71,6 +71,11 @@ def test_it_shows_what_was_found(open_page: Any, inspected: Path, document: Any)
     tips = page.locator("svg title").all_text_contents()
     assert f"block 1, 2: {known['attention']['layers'][1]['heads'][2]['entropy']:.3f}" in tips
     assert f"0, 2: {known['representation']['cka'][0]['values'][1][3]:.3f}" in tips
+    layer = known["attention"]["layers"][1]
+    alike = max(value for head, value in enumerate(layer["similarity"][2]) if head != 2)
+    for title, value in (("Distance", layer["heads"][2]["distance"]), ("Most alike head", alike)):
+        picture = page.locator(f'svg[aria-label="{title} of each head"]')
+        assert f"block 1, 2: {value:.3f}" in picture.locator("title").all_text_contents()
     assert page.locator(".headline").inner_text() == headline(document)
     page.close()
 
@@ -107,7 +112,7 @@ def test_large_models_stay_readable(open_page: Any, document: Any, tmp_path: Pat
     page, complaints = open_page(write_inspection(_stretched(document), tmp_path))
     assert complaints == []
     assert page.evaluate(CROSSING) == []
-    assert page.locator("svg").count() == 8
+    assert page.locator("svg").count() == 12
     assert "vanishing: 6 matrices" in page.inner_text("main")
     assert "a_long_name_for_the_decoder 29" in page.inner_text("main")
     page.close()
