@@ -81,7 +81,7 @@ def scatter(model: str, *, target: str, precision: str, plans: int, queries: int
             faster = compare.speedup(first, second)
             predicted = table.predict(workload.structure, plan)
             share = predicted / table.total_ms
-            calm = latency.undisturbed(second) / latency.undisturbed(first)
+            paired = latency.share(first, second)
             points.append(
                 {
                     "plan": plan.to_json(),
@@ -93,19 +93,19 @@ def scatter(model: str, *, target: str, precision: str, plans: int, queries: int
                     "measured_share": 1 / faster.value,
                     "interval": [1 / faster.high, 1 / faster.low],
                     "error": share * faster.value - 1,
-                    "undisturbed_share": calm,
-                    "undisturbed_error": share / calm - 1,
+                    "paired_share": paired,
+                    "paired_error": share / paired - 1,
                     "load_1min": second.environment["load_1min"],
                 }
             )
             print(
                 f"{precision} {number + 1}: {share:.3f} of the whole predicted, {1 / faster.value:.3f} measured "
-                f"(by medians; {calm:.3f} by tenth percentiles, {100 * (share / calm - 1):+.1f} %)",
+                f"({paired:.3f} round by round, {100 * (share / paired - 1):+.1f} %)",
                 file=sys.stderr,
                 flush=True,
             )
     summary = {}
-    for name in ("error", "undisturbed_error"):
+    for name in ("error", "paired_error"):
         errors = np.abs([point[name] for point in points])
         within = float((errors <= 0.1).mean())
         summary[name] = {"median": float(np.median(errors)), "most": float(errors.max()), "within_10_percent": within}

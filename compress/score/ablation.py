@@ -49,11 +49,11 @@ def changes(
     done = 0
     for batch in rows.batches(BATCH):
         with torch.no_grad():
-            with _recorded(module, structure) as outputs:
+            with recorded(module, structure) as outputs:
                 whole = workload.losses(batch, seed=seed).double()
             for place, units in enumerate(sets):
                 mask = gates.index_fill(0, torch.tensor(units, dtype=torch.long, device=gates.device), 0.0)
-                with gated(module, structure, mask), _skipped(module, _before(structure, mask, outputs)):
+                with gated(module, structure, mask), skipped(module, before(structure, mask, outputs)):
                     found[place, batch.rows] = (workload.losses(batch, seed=seed).double() - whole).cpu()
                 if progress and not place % 16:
                     progress(done + place * len(batch.rows), len(sets) * len(rows), "masked rows")
@@ -62,7 +62,7 @@ def changes(
 
 
 @contextmanager
-def _recorded(module: nn.Module, structure: Structure) -> Iterator[dict[str, Any]]:
+def recorded(module: nn.Module, structure: Structure) -> Iterator[dict[str, Any]]:
     """Yields the output of every block by its path, in the order in which they run; empty for blocks that run twice."""
     outputs: dict[str, Any] = {}
     paths = [f"{stack.path}.{place}" for stack in structure.stacks if not stack.shared for place in range(stack.count)]
@@ -76,7 +76,7 @@ def _recorded(module: nn.Module, structure: Structure) -> Iterator[dict[str, Any
         yield outputs
 
 
-def _before(structure: Structure, mask: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
+def before(structure: Structure, mask: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``outputs`` that were there before any unit of ``mask`` had a part in them."""
     masked = {site.block for site, place in structure.slices() if bool((mask[place] == 0).any())}
     if not masked <= outputs.keys():
@@ -86,7 +86,7 @@ def _before(structure: Structure, mask: Tensor, outputs: Mapping[str, Any]) -> d
 
 
 @contextmanager
-def _skipped(module: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
+def skipped(module: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
     """Within the context blocks do not compute but return what they are given in ``outputs``."""
     blocks = {module.get_submodule(path): output for path, output in outputs.items()}
     for block, output in blocks.items():

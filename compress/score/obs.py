@@ -27,8 +27,10 @@ from .weights import places
 
 NEEDS = ("grams", "moves")
 
+RIDGE = 1e-4
 
-def score(evidence: Evidence, *, ridge: float = 1e-4) -> Tensor:
+
+def score(evidence: Evidence, *, ridge: float = RIDGE) -> Tensor:
     """The mean squared error, summed over outputs and readers, float64 [num_units]; ``ridge`` is λ in units of the mean
     diagonal of H."""
     module, structure = evidence.workload.module, evidence.workload.structure
@@ -36,7 +38,8 @@ def score(evidence: Evidence, *, ridge: float = 1e-4) -> Tensor:
     for name, moments in evidence.grams():
         reader = module.get_submodule(name)
         weight = matrix(reader).detach().double()
-        inverse = _inverse(moments, centred=reader.bias is not None, ridge=ridge)
+        h = damped(moments, centred=reader.bias is not None, ridge=ridge)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
         for site, place in structure.slices():
             for cut in site.gates:
                 if cut.layer == name:
@@ -63,13 +66,12 @@ def errors(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     return (own * solved).sum(dim=(1, 2))
 
 
-def _inverse(moments: Moments, *, centred: bool, ridge: float) -> Tensor:
-    """(mean x xᵀ + λ I)⁻¹ in float64, of the inputs or of what they differ by from their mean."""
+def damped(moments: Moments, *, centred: bool, ridge: float = RIDGE) -> Tensor:
+    """H = mean x xᵀ + λ I in float64, of the inputs or of what they differ by from their mean."""
     assert moments.gram is not None
     gram = moments.gram.double()
     if centred:
         mean = moments.mean.double()
-        gram -= torch.outer(mean, mean)
+        gram = gram - torch.outer(mean, mean)
     weight = ridge * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    gram.diagonal().add_(weight)
-    return torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    return gram + weight * torch.eye(len(gram), dtype=gram.dtype)

@@ -1,0 +1,130 @@
+"""Pruning to a speed: allocate by the latency table, measure what comes out, and correct the budget by what it missed.
+
+A table predicts what a plan leaves within some per cent; the speed that is promised is the one that is measured, end to
+end, through the exported file and interleaved with the original in the same precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..compress import quantize as quantizers
+from ..compress.prune.budget import Series, by_latency, reachable
+from ..errors import ConstraintError
+from ..export.artifact import Artifact
+from ..export.backends import onnx
+from ..models import surgery
+from ..models.structure import Site
+from ..models.workload import Progress, Workload
+from ..plan import PruningPlan, QuantizationPlan
+from . import compare, load
+from .compare import Speedup
+from .latency import LatencyTable
+
+ROUNDS = 3
+SPARE = 1.03
+"""Speed beyond what was asked for that is not worth another round."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One allocation: what it was allowed, what the table predicts of it, and what was measured."""
+
+    budget_ms: float
+    predicted_ms: float
+    predicted_speedup: float
+    original_ms: float
+    measured_ms: float
+    speedup: Speedup
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The ``best`` of the rounds, and the plan it measured: the slowest that is fast enough, else the fastest."""
+
+    plan: PruningPlan
+    best: Round
+    rounds: tuple[Round, ...]
+    wanted: float
+    table: LatencyTable
+
+    def check(self) -> None:
+        """Raise ConstraintError where even the best is too slow."""
+        found = self.best.speedup.value
+        if found < self.wanted:
+            raise ConstraintError(
+                f"The model cannot be pruned to {self.wanted:g}x; the fastest found has {found:.2f}x."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        def plain(one: Round) -> dict[str, Any]:
+            return {**asdict(one), "speedup": one.speedup.to_json()}
+
+        where = {name: getattr(self.table, name) for name in ("target", "precision", "batch", "sequence")}
+        return {**where, "wanted": self.wanted, **plain(self.best), "rounds": [plain(one) for one in self.rounds]}
+
+
+def fit(
+    workload: Workload,
+    table: LatencyTable,
+    losses: Series,
+    order: Mapping[Site, Sequence[int]],
+    *,
+    speedup: float,
+    folder: Path,
+    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """The plan that loses least of those that make ``workload`` ``speedup`` times faster, by measurement.
+
+    ``losses`` and ``order`` are as for :func:`.by_latency`; artifacts are written to ``folder``. At most ``ROUNDS``
+    plans are measured: after each the budget is corrected by the ratio of the speed found to that wanted. A speed that
+    cannot be met gives the fastest plan that was found; see ``check``.
+    """
+    structure = workload.structure
+    costs = table.costs(structure)
+    least = reachable(structure, losses, costs)
+    original = _artifact(workload, table, folder / "original")
+    budget = table.total_ms / speedup
+    rounds: list[tuple[Round, PruningPlan]] = []
+    for number in range(1, ROUNDS + 1):
+        budget = max(budget, least)
+        plan = by_latency(structure, losses, costs, budget, order=order)
+        if plan in [earlier for _, earlier in rounds]:
+            break
+        predicted = costs.total(structure, plan)
+        if progress:
+            progress(number - 1, ROUNDS, "exporting")
+        pruned = _artifact(surgery.prune(workload, plan), table, folder / f"pruned{number}")
+        first, second = load.benchmark(
+            [original, pruned],
+            target=table.target,
+            batch=table.batch,
+            sequence=table.sequence,
+            min_queries=300,
+            min_seconds=4.0,
+            memory=False,
+        )
+        found = compare.speedup(first, second)
+        one = Round(budget, predicted, table.total_ms / predicted, first.p50, second.p50, found)
+        rounds.append((one, plan))
+        if say:
+            say(
+                f"plan {number}: {one.predicted_speedup:.2f}x ({predicted:.2f} ms) predicted, {found.value:.2f}x "
+                f"({second.p50:.2f} ms) measured"
+            )
+        if speedup <= found.value <= SPARE * speedup or (found.value < speedup and budget == least):
+            break
+        budget *= found.value / speedup
+    enough = [pair for pair in rounds if pair[0].speedup.value >= speedup]
+    chosen = min(enough or rounds, key=lambda pair: pair[0].speedup.value * (1 if enough else -1))
+    return Fitted(chosen[1], chosen[0], tuple(one for one, _ in rounds), speedup, table)
+
+
+def _artifact(workload: Workload, table: LatencyTable, folder: Path) -> Artifact:
+    precise = table.precision == "fp32"
+    plan = QuantizationPlan("fp32") if precise else quantizers.quantize(workload, table.precision)
+    return onnx.write(workload, plan, folder, form=table.form)

@@ -1,0 +1,93 @@
+"""Elimination: in which order units go so that what is left can best make up for them.
+
+What    Units of one layer are taken out one after the other, always the one whose loss the other columns of the layer
+        that reads them make up for best; after each, all that is left has been solved anew.
+When    Without labels, and where units stand in for each other: a score looks at each unit beside all others, this at
+        each beside those that are left.
+Cost    O(columns^3) in float64 for a reader, of one Gram matrix [columns, columns]; no rows.
+Source  Kurtic et al. 2023, "ZipLM", arXiv 2302.04089, equations 2 to 4; Hassibi & Stork 1993 (optimal brain surgeon)
+
+Derivation. A layer y = W z reads units' features z (with a bias, z less its mean: the bias is then solved too). Let
+H = mean z zᵀ + λ I. Of all V whose columns S are zero, tr((V - W) H (V - W)ᵀ) is least, with K the other columns, for
+V_K = W H[:, K] H[K, K]⁻¹, and is then tr(W_S (H⁻¹[S, S])⁻¹ W_Sᵀ). Where V takes W's place and H[K, K]⁻¹ that of H⁻¹,
+the same holds for the next unit, and the errors add up: solving anew after each is solving anew for all. Both come by
+an update of rank |S|,
+
+    V = W - W[:, S] (H⁻¹[S, S])⁻¹ H⁻¹[S, :],    H[K, K]⁻¹ = (H⁻¹ - H⁻¹[:, S] (H⁻¹[S, S])⁻¹ H⁻¹[S, :])[K, K],
+
+and afresh from H and W whenever a quarter of the columns has gone, so that rounding does not pile up. λ is a small
+share of the mean diagonal (:func:`.obs.damped`); it holds the weights where they are, so few tokens cannot make a unit
+look replaceable.
+
+Of more than 64 units a 64th of those left goes at once, the lowest by their errors one by one, and the error is that of
+all of them together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..score.obs import errors
+
+AT_ONCE = 64
+"""One in so many units that are left goes in a step."""
+
+
+@dataclass(frozen=True)
+class Elimination:
+    order: tuple[int, ...]
+    """The units, the first to go first."""
+    errors: Tensor
+    """The mean squared error of the outputs, summed over outputs, by units kept: float64 [units + 1]."""
+
+
+def solution(h: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+    """W H[:, K] H[K, K]⁻¹, the best weights [out, kept] for the columns K, int64 [kept]."""
+    if not len(kept):
+        return weight.new_zeros(len(weight), 0)
+    factor = torch.linalg.cholesky(h[kept][:, kept])
+    return torch.cholesky_solve((weight @ h[:, kept]).T, factor).T
+
+
+def eliminate(h: Tensor, weight: Tensor, units: Tensor) -> Elimination:
+    """The greedy order of the units whose columns are the rows of ``units``, int64 [units, width], and its errors.
+
+    ``h`` is H [columns, columns], ``weight`` W [out, columns], both float64. Columns of no unit stay.
+    """
+    count = len(units)
+    found = torch.zeros(count + 1, dtype=torch.float64)
+    order: list[int] = []
+    alive = torch.arange(count)
+    here = torch.arange(h.shape[1])  # the columns that the matrices at work have
+    inverse, v = _afresh(h, weight, here)
+    while len(alive):
+        gone = torch.tensor(order, dtype=torch.int64)
+        there = here[~torch.isin(here, units[gone].flatten())]
+        if len(there) * 4 <= len(here) * 3:
+            here = there
+            inverse, v = _afresh(h, weight, here)
+        columns = torch.searchsorted(here, units[alive])
+        step = max(1, len(alive) // AT_ONCE)
+        first = errors(inverse, v, columns).argsort(stable=True)[:step]
+        going = columns[first].flatten()
+        left = len(alive) - step
+        added = float(errors(inverse, v, going[None]))
+        # of a step only the end is known, and its units share what it adds
+        found[left : len(alive)] = found[len(alive)] + added * torch.arange(step, 0, -1, dtype=torch.float64) / step
+        solved = torch.linalg.solve(inverse[going][:, going], inverse[going])
+        v = v - v[:, going] @ solved
+        inverse = inverse.addmm(inverse[:, going], solved, alpha=-1)
+        order += alive[first].tolist()
+        alive = alive[torch.isin(alive, alive[first], invert=True)]
+    return Elimination(tuple(order), found)
+
+
+def _afresh(h: Tensor, weight: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+    """H[K, K]⁻¹ and the solution for the columns K that are ``here``."""
+    if not len(here):
+        return h.new_zeros(0, 0), weight.new_zeros(len(weight), 0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[here][:, here]))
+    return inverse, (weight @ h[:, here]) @ inverse

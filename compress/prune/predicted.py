@@ -1,0 +1,251 @@
+"""Predicted losses: what is lost where one site keeps only so many units, and all else stays as it is.
+
+What    Each site is cut to a few counts in turn, the layer that reads it makes up for what went, and the distance of
+        the model's answers from the original's is measured on calibration rows; counts in between follow the error of
+        that layer. A block's loss is that of skipping it.
+When    Before an allocation, which adds up what the sites lose. Scores of single units say which go first, not how much
+        is lost with half of them.
+Cost    One pass for the Gram matrices, an elimination for each site, and about ``LEVELS`` passes of the rows a site, of
+        which a site's earlier blocks are spared.
+Source  The loss by layer and level is ZipLM's (Kurtic et al. 2023, arXiv 2302.04089), who take the layer's own error
+        for it; measured at the model's answers here
+
+Two orders are tried for each site at ``DUEL`` of its units, that of the scores given and that of :mod:`.elimination`,
+and the one that loses less is taken: what a layer can make up for need not be what the task can spare, and the other
+way round.
+
+The distance is the mean over rows of KL(original || cut) where answers are classes or tokens, and elsewhere the squared
+error over the answers' mean square. To second order both are quadratic in what the answers change by, which is linear
+in what the layer's output changes by; so between levels the loss goes as the layer's squared error does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...models.data import Batch
+from ...models.layers import matrix
+from ...models.structure import Cut, Site
+from ...models.surgery import gated
+from ...models.tasks import EMBEDDING, REGRESSION
+from ...models.workload import Progress, Workload
+from ..score.ablation import before, recorded, skipped
+from ..score.evidence import BATCH, gather
+from ..score.obs import damped
+from ..score.readers import Moments, first
+from ..score.weights import places
+from .budget import choices, fewest
+from .elimination import eliminate, solution
+
+LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""Shares of a site's units at which its loss is measured, beside the fewest that it may keep."""
+
+DUEL = 1 / 4
+"""The share of a site's units at which orders are held against each other."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    losses: Mapping[Site, Floats]
+    """Of every site of :func:`.budget.choices` the loss by units kept, [count + 1]."""
+    orders: Mapping[Site, tuple[int, ...]]
+    """Its units, the first to go first."""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A layer that reads a site's units: H and the mean of its inputs, its weights and the columns of each unit."""
+
+    layer: nn.Module
+    h: Tensor
+    mean: Tensor
+    weight: Tensor
+    units: tuple[Tensor, ...]
+
+    def without(self, gone: Sequence[int]) -> Tensor:
+        """The best weights with zeros for the units ``gone``, [out, columns]."""
+        kept = torch.ones(self.h.shape[1], dtype=torch.bool)
+        for unit in gone:
+            kept[self.units[unit]] = False
+        columns = kept.nonzero()[:, 0]
+        found = torch.zeros_like(self.weight)
+        found[:, columns] = solution(self.h, self.weight, columns)
+        return found
+
+    def error(self, changed: Tensor) -> float:
+        change = changed - self.weight
+        return float((change @ self.h * change).sum())
+
+
+def predict(
+    workload: Workload,
+    scores: Tensor,
+    *,
+    rows: int = 256,
+    trial_rows: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Predicted:
+    """The losses of every site, from ``scores`` [num_units], Gram matrices of ``rows`` calibration rows, and trials on
+    ``trial_rows`` of them."""
+    module, structure, calibration = workload.module, workload.structure, workload.data.calibration
+    sites = choices(structure)
+    places_of = dict(structure.slices())
+    evidence = gather(workload, ("grams",), rows=calibration.take(rows, seed), seed=seed, progress=progress)
+    trials = _Trials(workload, list(calibration.take(trial_rows, seed).batches(BATCH)))
+    found: dict[Site, tuple[Floats, tuple[int, ...]]] = {}
+
+    def done(site: Site, losses: Floats, order: tuple[int, ...]) -> None:
+        found[site] = losses, order
+        if progress:
+            progress(len(found), len(sites), "layers tried")
+
+    for site in sites:
+        if site.kind == "block":
+            done(site, np.array([trials.distance(site, (0,), ()), 0.0]), (0,))
+    waiting = {site: [cut.layer for cut in site.gates] for site in sites if site.kind != "block"}
+    seen: dict[str, Moments] = {}
+    for name, moments in evidence.grams():
+        seen[name] = moments
+        for site in [site for site, names in waiting.items() if all(name in seen for name in names)]:
+            readers = [_reader(module, site, cut, seen[cut.layer]) for cut in site.gates]
+            order = tuple(scores[places_of[site]].argsort(stable=True).tolist())
+            done(site, *_best(trials, site, readers, order))
+            del waiting[site]
+        needed = {name for names in waiting.values() for name in names}
+        seen = {name: moments for name, moments in seen.items() if name in needed}
+    return Predicted({site: found[site][0] for site in sites}, {site: found[site][1] for site in sites})
+
+
+def _reader(module: nn.Module, site: Site, cut: Cut, moments: Moments) -> _Reader:
+    layer: Any = module.get_submodule(cut.layer)
+    own, owner = places(layer, site, cut), torch.tensor(site.parts)
+    units = tuple(own[owner == unit].flatten().sort().values for unit in range(site.count))
+    h = damped(moments, centred=layer.bias is not None)
+    return _Reader(layer, h, moments.mean.double(), matrix(layer).detach().double(), units)
+
+
+def _best(
+    trials: _Trials, site: Site, readers: Sequence[_Reader], order: tuple[int, ...]
+) -> tuple[Floats, tuple[int, ...]]:
+    """The losses of a site and its order, the given one or by elimination."""
+    orders = [order]
+    if len(readers) == 1 and len({len(columns) for columns in readers[0].units}) == 1:
+        orders.append(eliminate(readers[0].h, readers[0].weight, torch.stack(readers[0].units)).order)
+    if len(orders) > 1:
+        gone = site.count - max(round(DUEL * site.count), 1)
+        lost = [trials.distance(site, one[:gone], _changed(readers, one[:gone])) for one in orders]
+        order = orders[lost.index(min(lost))]
+    return _curve(trials, site, readers, order), order
+
+
+def _changed(readers: Sequence[_Reader], gone: Sequence[int]) -> list[tuple[_Reader, Tensor]]:
+    return [(reader, reader.without(gone)) for reader in readers]
+
+
+def _curve(trials: _Trials, site: Site, readers: Sequence[_Reader], order: Sequence[int]) -> Floats:
+    """The loss by units kept, measured at ``LEVELS``, in between by the readers' errors, and never less as more go."""
+    counts = sorted({fewest(site), *(max(round(share * site.count), 1) for share in LEVELS)} - {site.count})
+    between = _between(site, counts)
+    measured: dict[int, float] = {site.count: 0.0}
+    errors: dict[int, float] = {site.count: 0.0}
+    for kept in sorted({*counts, *between}):
+        gone = order[: site.count - kept]
+        changed = _changed(readers, gone)
+        errors[kept] = sum(reader.error(weight) for reader, weight in changed)
+        if kept in counts:
+            measured[kept] = trials.distance(site, gone, changed)
+    at = np.array(sorted(measured))
+    levels = np.maximum.accumulate([measured[kept] for kept in at[::-1]])[::-1]
+    known = np.array(sorted(errors))
+    error = np.interp(np.arange(site.count + 1), known, [errors[kept] for kept in known])
+    error = np.maximum.accumulate(error[::-1])[::-1]
+    losses = np.empty(site.count + 1)
+    losses[: at[0]] = np.inf  # fewer may not stay
+    for low, high, lost, less in zip(at, at[1:], levels, levels[1:], strict=False):
+        span = error[low] - error[high]
+        share = (error[low : high + 1] - error[high]) / span if span > 0 else np.linspace(1, 0, high - low + 1)
+        losses[low : high + 1] = less + (lost - less) * share
+    return losses
+
+
+def _between(site: Site, counts: Sequence[int]) -> set[int]:
+    """Counts where the readers' errors are looked at too: four between two levels."""
+    ends = [*counts, site.count]
+    return {low + (high - low) * part // 4 for low, high in pairwise(ends) for part in range(1, 4)}
+
+
+class _Trials:
+    """Trial batches with the original's answers and, where they take no more room than the parameters, what each of its
+    blocks gives."""
+
+    def __init__(self, workload: Workload, batches: Sequence[Batch]) -> None:
+        self.workload, self.batches = workload, batches
+        self.by_class = workload.task not in {REGRESSION, EMBEDDING}
+        self.wanted: list[Tensor] = []
+        self.outputs: list[dict[str, Any]] = []
+        used = 0
+        for batch in batches:
+            with torch.no_grad(), recorded(workload.module, workload.structure) as outputs:
+                self.wanted.append(workload.forward(batch.inputs))
+            used += sum(first(output).numel() for output in outputs.values())
+            self.outputs.append(outputs if used <= workload.params else {})
+
+    def distance(self, site: Site, gone: Sequence[int], changed: Sequence[tuple[_Reader, Tensor]]) -> float:
+        """The distance of the answers where the units ``gone`` are masked and readers have other weights."""
+        module, structure = self.workload.module, self.workload.structure
+        place = dict(structure.slices())[site]
+        mask = torch.ones(structure.num_units).to(next(module.parameters()))
+        mask[[place.start + unit for unit in gone]] = 0.0
+        total, count = 0.0, 0
+        for batch, wanted, outputs in zip(self.batches, self.wanted, self.outputs, strict=True):
+            early = skipped(module, before(structure, mask, outputs))
+            with torch.no_grad(), _holding(changed), gated(module, structure, mask), early:
+                found = self.workload.forward(batch.inputs)
+            total += float(_distance(wanted, found, batch, by_class=self.by_class).sum())
+            count += len(batch.rows)
+        return total / max(count, 1)
+
+
+@contextmanager
+def _holding(changed: Sequence[tuple[_Reader, Tensor]]) -> Iterator[None]:
+    """Within the context readers have other weights, and the biases that keep the means of their outputs."""
+    held = [(reader.layer, copy.deepcopy(reader.layer.state_dict())) for reader, _ in changed]
+    for reader, weight in changed:
+        layer: Any = reader.layer
+        if layer.bias is not None:
+            layer.bias += ((reader.weight - weight) @ reader.mean).to(layer.bias)
+        matrix(layer).copy_(weight)
+    try:
+        yield
+    finally:
+        for layer, state in held:
+            layer.load_state_dict(state)
+
+
+def _distance(wanted: Tensor, found: Tensor, batch: Batch, *, by_class: bool) -> Tensor:
+    """Of each row, [batch]; of tokens the mean over those that are not padding."""
+    wanted, found = wanted.double(), found.double()
+    if by_class:
+        logs = functional.log_softmax(wanted, dim=-1)
+        each = (logs.exp() * (logs - functional.log_softmax(found, dim=-1))).sum(dim=-1)
+    else:
+        each = (found - wanted).square().mean(dim=-1) / wanted.square().mean()
+    mask = batch.inputs.get("attention_mask")
+    each = each.reshape(len(each), -1)
+    if mask is None or mask.shape != each.shape:
+        return each.mean(dim=1)
+    return (each * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

@@ -1,0 +1,195 @@
+"""Latency tables and pruning to a speed, on a real model and the real runtime; nothing here judges a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import edgepress as ep
+import numpy as np
+import pytest
+from edgepress.benchmarks import latency, speed
+from edgepress.benchmarks.latency import LatencyTable, curve, grid, step
+from edgepress.compress.prune import budget
+from edgepress.errors import ConstraintError, InputError, UsageError
+from edgepress.models.structure import Site, Stack, Structure
+from edgepress.plan import PruningPlan, Unit
+
+QUICK = {"target": "cpu:1", "sequence": 16, "rounds": 30, "seconds": 0.1}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEPRESS_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8-dynamic"])
+def table(request: pytest.FixtureRequest, workload: Any, cache: Path) -> LatencyTable:
+    return latency.measure(workload, precision=request.param, **QUICK)
+
+
+def test_a_table_covers_every_choice(workload: Any, table: LatencyTable) -> None:
+    structure = workload.structure
+    costs = table.costs(structure)
+    assert {(site.kind, site.layer) for site in costs.of} == {
+        (k, n) for k in ("head", "ffn", "block") for n in range(3)
+    }
+    assert all(min(series) >= 0 for series in costs.of.values())
+    assert table.sites["head", 0] == table.sites["head", 2], "layers that are alike share an entry"
+    assert table.predict(structure, PruningPlan()) == pytest.approx(table.total_ms)
+    block = PruningPlan.of([Unit("block", 1, 0)])
+    inside = PruningPlan.of([Unit("block", 1, 0), Unit("head", 1, 0), Unit("ffn", 1, 3)])
+    assert table.predict(structure, block) == table.predict(structure, inside) <= table.total_ms
+    measured = {(point["kind"], point["kept"]) for point in table.points}
+    assert {("head", 1), ("head", 2), ("head", 3), ("ffn", 0), ("ffn", 8), ("ffn", 120), ("block", 0)} <= measured
+    assert table.together is not None
+    assert min(table.together) > 0
+
+
+def test_a_table_is_json(table: LatencyTable, workload: Any) -> None:
+    document = json.loads(json.dumps(table.to_json()))
+    again = LatencyTable.from_json(document)
+    assert json.dumps(again.to_json()) == json.dumps(table.to_json())
+    assert document["environment"]["threads"] == 1
+    assert document["precision"] == table.precision
+
+
+def test_what_was_measured_before_is_not_measured_again(table: LatencyTable, workload: Any, cache: Path) -> None:
+    files = {path: path.read_bytes() for path in (cache / "latency").iterdir()}
+    asked: list[str] = []
+    again = latency.measure(
+        workload, precision=table.precision, **QUICK, progress=lambda done, total, note: asked.append(note)
+    )
+    assert again.to_json() == LatencyTable.from_json(table.to_json()).to_json()
+    assert not asked
+    assert files == {path: path.read_bytes() for path in (cache / "latency").iterdir()}
+
+
+def test_a_damaged_cache_is_measured_again(workload: Any, cache: Path) -> None:
+    before = latency.measure(workload, **QUICK)
+    path = next(p for p in (cache / "latency").iterdir() if json.loads(p.read_text())["precision"] == "fp32")
+    path.write_text(path.read_text()[:1000])
+    notes: list[str] = []
+    after = latency.measure(workload, **QUICK, progress=lambda done, total, note: notes.append(note))
+    assert notes[0] == "exporting"
+    assert notes[-1] == "counts measured"
+    assert LatencyTable.from_json(json.loads(path.read_text())).costs(workload.structure)
+    assert after.sites.keys() == before.sites.keys()
+
+
+@pytest.mark.parametrize("change", [{"format": 0}, {"sites": 3}, {"rest_ms": float("nan")}, {"points": None}])
+def test_documents_that_are_no_tables(table: LatencyTable, change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="not a latency table"):
+        LatencyTable.from_json({**table.to_json(), **change})
+
+
+def test_a_table_of_another_model(table: LatencyTable) -> None:
+    with pytest.raises(InputError, match="other sizes"):
+        table.costs(Structure("bert", (), (Site("head", 0, 9),)))
+
+
+def test_more_tokens_than_the_model_takes(workload: Any) -> None:
+    with pytest.raises(UsageError, match="Sequence 65 is longer than the model's 64 tokens"):
+        latency.measure(workload, sequence=65)
+
+
+# ---- from points to a table
+
+
+def test_counts_to_measure() -> None:
+    assert (step(12, 24), step(1536, 24), step(100, 24)) == (1, 64, 8)
+    assert grid(12, 1, between=True) == list(range(1, 12))
+    assert grid(100, 8, between=False) == list(range(8, 100, 8))
+    off = set(grid(1536, 64, between=True)) - set(range(64, 1536, 64))
+    assert off == {base + 2**power for base in (512, 1024) for power in range(6)}
+
+
+def _kernel(kept: int) -> float:
+    """Work in steps of 16, and a penalty for what is no multiple of 16: ms saved of 1,536 units."""
+    return 0.01 * (1536 - 16 * -(-kept // 16)) / 16 - (0.3 if kept % 16 else 0.0)
+
+
+def test_a_curve_learns_what_kernels_like() -> None:
+    saved = {kept: _kernel(kept) for kept in grid(1536, 64, between=True)} | {0: 1.5}
+    found = curve(1536, saved, 0, 64)
+    assert found[0] == 1.5
+    assert found[1536] == 0
+    assert [found[k] for k in range(64, 1536, 64)] == pytest.approx([_kernel(k) for k in range(64, 1536, 64)])
+    assert [found[k] for k in range(80, 1536, 16)] == pytest.approx([_kernel(k) for k in range(80, 1536, 16)])
+    assert all(found[k] < found[16 * -(-k // 16)] for k in range(65, 1520) if k % 16), (
+        "a multiple of 16 is never dearer"
+    )
+
+
+def test_noise_is_smoothed_out() -> None:
+    random = np.random.default_rng(0)
+    truth = np.linspace(1.2, 0.0, 13)
+    saved = {kept: truth[kept] + random.normal(0, 0.1) for kept in range(1, 12)}
+    found = curve(12, saved, 1, 1)
+    assert (np.diff(found) <= 1e-12).all()
+    assert found[0] == found[1], "one must stay"
+    assert np.abs(found[1:] - truth[1:]).mean() < np.abs([saved[k] - truth[k] for k in saved]).mean()
+
+
+def test_a_full_count_that_is_no_multiple() -> None:
+    saved = {kept: (100 - kept) * 0.01 - (0.0 if kept % 8 == 0 else 0.2) + 0.2 for kept in grid(100, 8, between=True)}
+    found = curve(100, saved, 1, 8)
+    assert found[100] == 0
+    assert found[96] == pytest.approx(0.24)
+    assert found[97] == pytest.approx(0.2 - found[99], abs=0.25)
+
+
+def test_curves_of_nothing() -> None:
+    assert curve(1, {}, 1, 1).tolist() == [0, 0]
+    assert curve(1, {0: 0.5}, 0, 1).tolist() == [0.5, 0]
+
+
+def test_half_of_the_blocks_but_never_all_of_a_stack() -> None:
+    blocks = tuple(Site("block", layer, 1) for layer in range(6))
+    structure = Structure("bart", (Stack("a", 0, 1), Stack("b", 1, 2), Stack("c", 3, 3)), blocks)
+    assert [site.layer for site in latency.half(structure, blocks)] == [1, 3, 4]
+
+
+# ---- pruning to a speed
+
+
+@pytest.fixture(scope="module")
+def losses(workload: Any) -> tuple[Any, Any]:
+    values = ep.score(workload, "magnitude").values
+    return budget.sums(workload.structure, values), budget.orders(workload.structure, values)
+
+
+def test_pruning_to_a_speed_measures_what_it_promises(
+    workload: Any, table: LatencyTable, losses: Any, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    fitted = speed.fit(workload, table, *losses, speedup=1.3, folder=tmp_path, say=said.append)
+    assert 1 <= len(fitted.rounds) == len(said) <= speed.ROUNDS
+    assert fitted.best in fitted.rounds
+    least = budget.reachable(workload.structure, losses[0], table.costs(workload.structure))
+    asked = [table.total_ms / 1.3, *(one.budget_ms * one.speedup.value / 1.3 for one in fitted.rounds)]
+    for one, limit in zip(fitted.rounds, asked, strict=False):
+        assert one.budget_ms == pytest.approx(max(limit, least))
+        assert one.predicted_ms <= one.budget_ms * (1 + 1e-9)
+    enough = [one.speedup.value for one in fitted.rounds if one.speedup.value >= 1.3]
+    assert fitted.best.speedup.value == min(enough, default=max(one.speedup.value for one in fitted.rounds))
+    workload.structure.check(fitted.plan)
+    assert table.predict(workload.structure, fitted.plan) == pytest.approx(fitted.best.predicted_ms)
+    document = json.loads(json.dumps(fitted.to_json()))
+    assert document["wanted"] == 1.3
+    assert document["rounds"][0]["speedup"]["verdict"] in {"faster", "slower", "no difference"}
+
+
+def test_a_speed_out_of_reach_gives_the_fastest(
+    workload: Any, table: LatencyTable, losses: Any, tmp_path: Path
+) -> None:
+    fitted = speed.fit(workload, table, *losses, speedup=1000.0, folder=tmp_path)
+    costs = table.costs(workload.structure)
+    assert fitted.best.predicted_ms == pytest.approx(budget.reachable(workload.structure, losses[0], costs))
+    with pytest.raises(ConstraintError, match=r"cannot be pruned to 1000x; the fastest found has \d"):
+        fitted.check()

@@ -1,0 +1,135 @@
+"""Elimination against brute force and numpy, and predicted losses against masking and solving by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import edgepress as ep
+import numpy as np
+import pytest
+import torch
+from edgepress.compress.prune import predicted
+from edgepress.compress.prune.budget import choices, fewest
+from edgepress.compress.prune.elimination import AT_ONCE, eliminate, solution
+from edgepress.compress.score.evidence import gather
+from edgepress.compress.score.obs import damped
+from edgepress.compress.score.weights import places
+from edgepress.models.layers import matrix
+from edgepress.models.surgery import gated
+from torch import Tensor
+
+
+def _problem(columns: int, outputs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Correlated inputs [rows, columns], their H, and weights."""
+    random = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=random, dtype=torch.float64)
+    x = torch.randn(3 * columns, columns, generator=random, dtype=torch.float64) @ mix
+    h = x.T @ x / len(x) + 1e-3 * torch.eye(columns, dtype=torch.float64)
+    return x, h, torch.randn(outputs, columns, generator=random, dtype=torch.float64)
+
+
+def _error(h: Tensor, weight: Tensor, kept: Tensor) -> float:
+    change = -weight.clone()
+    change[:, kept] += solution(h, weight, kept)
+    return float((change @ h * change).sum())
+
+
+@pytest.mark.parametrize("kept", [[], [2], [0, 3, 4, 6]])
+def test_the_solution_is_least_squares(kept: list[int]) -> None:
+    x, h, weight = _problem(7, 3, 0)
+    tall = torch.cat([x / len(x) ** 0.5, 1e-3**0.5 * torch.eye(7, dtype=torch.float64)]).numpy()
+    expected = np.linalg.lstsq(tall[:, kept], tall @ weight.numpy().T, rcond=None)[0].T
+    np.testing.assert_allclose(solution(h, weight, torch.tensor(kept, dtype=torch.int64)), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize(("count", "width", "more"), [(6, 2, 0), (9, 1, 3), (5, 3, 2)])
+def test_every_step_takes_the_unit_that_costs_least(count: int, width: int, more: int) -> None:
+    _, h, weight = _problem(count * width + more, 4, count)
+    units = torch.randperm(len(h), generator=torch.Generator().manual_seed(1))[: count * width].reshape(count, width)
+    found = eliminate(h, weight, units)
+    kept = set(range(len(h)))
+    assert float(found.errors[count]) == 0
+    for step, unit in enumerate(found.order):
+        left = {
+            other: _error(h, weight, torch.tensor(sorted(kept - set(units[other].tolist())), dtype=torch.int64))
+            for other in range(count)
+            if other not in found.order[:step]
+        }
+        assert min(left, key=left.__getitem__) == unit
+        assert float(found.errors[count - step - 1]) == pytest.approx(left[unit], rel=1e-8)
+        kept -= set(units[unit].tolist())
+
+
+def test_many_units_go_some_at_a_time_with_exact_errors() -> None:
+    count = 3 * AT_ONCE
+    _, h, weight = _problem(count, 5, 2)
+    found = eliminate(h, weight, torch.arange(count)[:, None])
+    assert sorted(found.order) == list(range(count))
+    assert (found.errors.diff() <= 0).all()
+    kept = count
+    while kept:
+        kept -= max(1, kept // AT_ONCE)  # where a step ends
+        left = torch.tensor(sorted(found.order[count - kept :]), dtype=torch.int64)
+        assert float(found.errors[kept]) == pytest.approx(_error(h, weight, left), rel=1e-6)
+
+
+def test_it_finds_the_unit_that_another_stands_in_for() -> None:
+    _, h, weight = _problem(6, 4, 3)
+    twice = torch.cat([torch.eye(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)[:1]])  # 6 is 0 again
+    h = twice @ h @ twice.T + 1e-9 * torch.eye(7, dtype=torch.float64)
+    weight = torch.cat([weight * 10, weight[:, :1] * 10], dim=1)
+    found = eliminate(h, weight, torch.arange(7)[:, None])
+    assert found.order[0] in {0, 6}
+    assert float(found.errors[6]) < 1e-6 * float(found.errors[5])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "vit", "t5", "cnn", "sequence first"])
+def test_predicted_losses_are_those_of_the_cut_and_solved_model(name: str, with_rows: Callable[..., Any]) -> None:
+    small = with_rows(name)
+    scores = ep.score(small, "fisher").values
+    before = copy.deepcopy(small.module.state_dict())
+    found = predicted.predict(small, scores, rows=10, trial_rows=10)
+    assert all(torch.equal(before[key], tensor) for key, tensor in small.module.state_dict().items())
+    assert tuple(found.losses) == choices(small.structure)
+    moments = dict(gather(small, ("grams",), rows=small.data.calibration).grams())
+    batch = next(small.data.calibration.batches(10))
+    wanted = small.forward(batch.inputs)
+    for site, losses in found.losses.items():
+        assert len(losses) == site.count + 1
+        assert losses[-1] == 0
+        assert np.isinf(losses[: fewest(site)]).all()
+        assert (np.diff(losses[fewest(site) :]) <= 1e-12).all()
+        assert sorted(found.orders[site]) == list(range(site.count))
+        kept = fewest(site)
+        module = copy.deepcopy(small.module)
+        gone = found.orders[site][: site.count - kept]
+        if site.kind != "block":
+            _solve(module, site, gone, moments)
+        place = dict(small.structure.slices())[site].start
+        mask = torch.ones(small.structure.num_units, dtype=torch.float64)
+        mask[[place + unit for unit in gone]] = 0
+        cut = small.with_module(module, small.structure, small.plan)
+        with torch.no_grad(), gated(module, small.structure, mask):
+            answers = cut.forward(batch.inputs)
+        distance = predicted._distance(wanted.detach(), answers, batch, by_class=small.task.name not in {"embedding"})
+        assert losses[kept] >= float(distance.mean()) - 1e-9  # never less than measured, as more units go
+        if site.kind == "block":
+            assert losses[0] == pytest.approx(float(distance.mean()))
+
+
+def _solve(module: Any, site: Any, gone: Any, moments: Any) -> None:
+    owner = torch.tensor(site.parts)
+    for cut in site.gates:
+        layer = module.get_submodule(cut.layer)
+        own, seen = places(layer, site, cut), moments[cut.layer]
+        lost = own[torch.isin(owner, torch.tensor(gone))].flatten()
+        h = damped(seen, centred=layer.bias is not None)
+        kept = torch.tensor([c for c in range(len(h)) if c not in lost.tolist()], dtype=torch.int64)
+        with torch.no_grad():
+            weight = torch.zeros_like(matrix(layer))
+            weight[:, kept] = solution(h, matrix(layer), kept)
+            if layer.bias is not None:
+                layer.bias += (matrix(layer) - weight) @ seen.mean
+            matrix(layer).copy_(weight)
