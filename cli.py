@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,7 +61,7 @@ class Screen:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Left
 
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not _first())
         spinner, stage = SpinnerColumn(), TextColumn("[bold]{task.description:<12}")
         figures = TextColumn("{task.fields[note]}")
         columns = (
@@ -97,11 +98,14 @@ def main() -> None:
     """Run the command line; ends the process with the exit codes of errors.py."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["prune"]:
+            raise UsageError("Only 'edgepress prune --recover distill' shares its work out among processes.")
         app()
     except EdgepressError as error:
         if verbose:
             traceback.print_exc()
-        print(f"edgepress: {error}", file=sys.stderr)
+        if _first():  # all processes come to the same error
+            print(f"edgepress: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("edgepress: interrupted; finished stages are kept, and --resume goes on from there.", file=sys.stderr)
@@ -112,6 +116,11 @@ def main() -> None:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         print(f"edgepress: this is a defect of edgepress, please report it with -v ({what})", file=sys.stderr)
         sys.exit(1)
+
+
+def _first() -> bool:
+    """Whether this is the process that writes and prints, of those that torchrun or accelerate launch started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print(document: Any) -> None:
@@ -357,18 +366,31 @@ def prune(
     precision: Annotated[
         str, typer.Option("--precision", help="Of --speedup: what is deployed, fp32 or int8-dynamic.")
     ] = "fp32",
+    low_rank: Annotated[
+        float | None, typer.Option("--low-rank", help="Factor linear layers, down to this share of their weights: 0.7.")
+    ] = None,
+    merge_tokens: Annotated[
+        int | None, typer.Option("--merge-tokens", help="Tokens that each block of an image encoder merges.", min=1)
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option("--sparsity", help="Zeros that keep all shapes: 2:4, or a share like 0.5.")
+    ] = None,
     metric: MetricOption = None,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="The same widths in every layer: a folder that AutoModel loads.")
     ] = False,
     recover: Annotated[str, typer.Option("--recover", help="none, reconstruct or distill.")] = "reconstruct",
     steps: Annotated[int, typer.Option("--steps", help="Steps of distillation.", min=1)] = 160,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate of distillation.", min=1e-9)] = 5e-4,
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint folder to write.")] = Path("pruned"),
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """Remove the least important units for good, by a ratio or down to a measured speed, and write a checkpoint."""
+    """Remove the least important units for good, by a ratio or down to a measured speed, and write a checkpoint.
+
+    With --low-rank, --merge-tokens or --sparsity units go only where --ratio or --speedup asks for it too.
+    """
     from dataclasses import asdict
 
     from .compress import score as scores
@@ -382,29 +404,30 @@ def prune(
         raise UsageError(f"There is no recovery '{recover}' (there is: none, reconstruct, distill).")
     scores.get(method)
     shares = _shares(ratio or "0.5")
+    units = bool(ratio or speedup) or not (low_rank or merge_tokens or sparsity)
+    _check_shapes(low_rank, merge_tokens, sparsity, uniform=uniform, trained=recover == "distill", units=units)
     fitted: Fitted | None = None
     with ExitStack() as stack:
-        from .compress import prune as pruning
-        from .models import checkpoint, metrics, surgery
-        from .models.plain import plain_skeleton
+        from .models import metrics
 
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code, metric)
-        found = scores.score(workload, method, seed=seed, progress=screen.progress("score"))
-        judged = workload.data.evaluation if len(workload.data.evaluation) else None
+        judged = workload.data.evaluation if len(workload.data.evaluation) and _first() else None
         judge, name = screen.progress("evaluate"), workload.data.metric
         before = metrics.answers(workload, judged, metric=name, progress=judge) if judged else None
         params, macs = workload.params, workload.macs
-        alone = recover == "none"  # nothing needs the original's module any more
-        if wanted is not None:
-            fitted = _fit(workload, found, screen, (target or "cpu", batch, seq, precision), wanted)
-            pruned = surgery.prune(workload, fitted.plan, in_place=alone)
-        else:
-            pruned = pruning.prune(workload, found, ratio=shares, uniform=uniform, in_place=alone)
-        if uniform:
-            plain_skeleton(pruned)  # refused before anything is trained
+        alone = recover == "none" or not (units or low_rank)  # nothing needs the original's module any more
+        pruned = workload
+        if units:
+            found = scores.score(workload, method, seed=seed, progress=screen.progress("score"))
+            if wanted is not None:
+                fitted = _fit(workload, found, screen, (target or "cpu", batch, seq, precision), wanted, seed)
+            pruned = _without_units(workload, found, fitted, shares, uniform=uniform, in_place=alone)
+        pruned = _factored(pruned, low_rank, screen, seed)
         if not alone:
-            pruned = _recovered(workload, pruned, screen, seed, steps if recover == "distill" else 0)
-        checkpoint.save(pruned, out, plain=uniform)
+            options = {"steps": steps, "lr": lr, "checkpoint": _unfinished(out)} if recover == "distill" else None
+            pruned = _recovered(workload, pruned, screen, seed, options)
+        pruned = _same_shapes(pruned, merge_tokens, sparsity, screen, seed)
+        _keep(pruned, out, plain=uniform)
         quality = None
         if judged:
             after = metrics.answers(pruned, judged, metric=name, progress=judge)
@@ -417,13 +440,10 @@ def prune(
         "macs_before": macs,
         "macs_after": pruned.macs,
         "quality": quality,
+        **({"speed": fitted.to_json()} if fitted else {}),
+        **_shapes(pruned, sparsity),
     }
-    if fitted:
-        document["speed"] = fitted.to_json()
-    if json_:
-        _print(document)
-    else:
-        _pruned(document)
+    (_print if json_ else _pruned)(document)
     if fitted:
         fitted.check()
 
@@ -434,6 +454,8 @@ def _wanted(speedup: str, target: str, precision: str) -> float:
     from .benchmarks.targets import parse
     from .compress import quantize as quantizers
 
+    if "RANK" in os.environ:
+        raise UsageError("--speedup is measured, so one process alone can prune to it; give several a --ratio.")
     parse(target)
     if precision != "fp32":
         quantizers.get(precision)
@@ -444,13 +466,13 @@ def _wanted(speedup: str, target: str, precision: str) -> float:
 
 
 def _fit(
-    workload: Workload, found: Scores, screen: Screen, where: tuple[str, int, int | None, str], wanted: float
+    workload: Workload, found: Scores, screen: Screen, where: tuple[str, int, int | None, str], wanted: float, seed: int
 ) -> Fitted:
     """The plan that makes ``workload`` ``wanted`` times faster; ``where`` is target, batch, sequence and precision."""
     import tempfile
 
     from .benchmarks import latency, speed
-    from .compress.prune import budget
+    from .compress.prune import budget, predicted
 
     target, batch, seq, precision = where
     table = latency.measure(
@@ -461,13 +483,18 @@ def _fit(
         precision=precision,
         progress=screen.progress("latency"),
     )
-    structure = workload.structure
+    if len(workload.data.calibration):
+        told = predicted.predict(workload, found.values, seed=seed, progress=screen.progress("losses"))
+        losses, order = told.losses, told.orders
+    else:  # a score from the weights alone needs no rows, and neither does its sum
+        losses = budget.sums(workload.structure, found.values)
+        order = budget.orders(workload.structure, found.values)
     with tempfile.TemporaryDirectory() as folder:
         return speed.fit(
             workload,
             table,
-            budget.sums(structure, found.values),
-            budget.orders(structure, found.values),
+            losses,
+            order,
             speedup=wanted,
             folder=Path(folder),
             say=screen.say,
@@ -475,15 +502,99 @@ def _fit(
         )
 
 
-def _recovered(workload: Workload, pruned: Workload, screen: Screen, seed: int, steps: int) -> Workload:
-    """``pruned`` reconstructed, and distilled where there are ``steps``."""
+def _without_units(
+    workload: Workload,
+    found: Scores,
+    fitted: Fitted | None,
+    shares: float | dict[str, float],
+    *,
+    uniform: bool,
+    in_place: bool,
+) -> Workload:
+    """``workload`` cut down to the plan that fits a speed, or by the shares."""
+    from .compress.prune import prune as by_shares
+    from .models import surgery
+    from .models.plain import plain_skeleton
+
+    if fitted:
+        return surgery.prune(workload, fitted.plan, in_place=in_place)
+    pruned = by_shares(workload, found, ratio=shares, uniform=uniform, in_place=in_place)
+    if uniform:
+        plain_skeleton(pruned)  # refused before anything is trained
+    return pruned
+
+
+def _check_shapes(
+    low_rank: float | None, tokens: int | None, sparsity: str | None, *, uniform: bool, trained: bool, units: bool
+) -> None:
+    """Refuse what makes no sense before anything is loaded."""
+    from .compress.prune.sparsity import Pattern
+
+    if low_rank is not None and not 0 < low_rank < 1:
+        raise UsageError(f"--low-rank {low_rank:g} is not a share of the weights; it must be above 0 and below 1.")
+    if sparsity:
+        Pattern.parse(sparsity)
+    if uniform and (low_rank or tokens):
+        raise UsageError(f"No configuration can say {'--low-rank' if low_rank else '--merge-tokens'}: leave --uniform.")
+    if trained and not (units or low_rank):
+        raise UsageError("--recover distill trains what --ratio, --speedup or --low-rank leave; give one of them.")
+
+
+def _factored(pruned: Workload, share: float | None, screen: Screen, seed: int) -> Workload:
+    """``pruned`` with linear layers factored, so that they keep ``share`` of their weights; as it is without one."""
+    from .compress.prune.low_rank import allocate, errors, factorise
+
+    if share is None:
+        return pruned
+    curves = errors(pruned, seed=seed, progress=screen.progress("low rank"))
+    return factorise(pruned, allocate(curves, share), seed=seed, progress=screen.progress("low rank"))
+
+
+def _same_shapes(pruned: Workload, tokens: int | None, sparsity: str | None, screen: Screen, seed: int) -> Workload:
+    """What comes last: training would fill the zeros again."""
+    from .compress.prune.sparsity import sparsify
+    from .compress.prune.token_merging import merge_tokens
+
+    if tokens:
+        pruned = merge_tokens(pruned, tokens)
+    return sparsify(pruned, sparsity, seed=seed, progress=screen.progress("sparsity")) if sparsity else pruned
+
+
+def _shapes(pruned: Workload, sparsity: str | None) -> dict[str, Any]:
+    """What was done beyond units: ranks by layer, tokens merged by block, the share of zeros by layer."""
+    from .compress.prune.sparsity import zeros
+    from .models import low_rank, token_merging
+
+    found = {"ranks": low_rank.ranks(pruned.module), "merged_tokens": token_merging.merged(pruned.module)}
+    return {name: value for name, value in found.items() if value} | ({"zeros": zeros(pruned)} if sparsity else {})
+
+
+def _recovered(
+    workload: Workload, pruned: Workload, screen: Screen, seed: int, options: dict[str, Any] | None
+) -> Workload:
+    """``pruned`` reconstructed, and distilled where there are ``options`` for that."""
     from .compress.prune.reconstruct import reconstruct
     from .compress.recover import recover as distill
 
     pruned = reconstruct(workload, pruned, seed=seed, progress=screen.progress("reconstruct"))
-    if not steps:
+    if options is None:
         return pruned
-    return distill(pruned, workload, steps=steps, seed=seed, progress=screen.progress("distill")).workload
+    return distill(pruned, workload, **options, seed=seed, progress=screen.progress("distill")).workload
+
+
+def _unfinished(out: Path) -> Path:
+    """Where the state of a distillation is until its checkpoint is written."""
+    return out.with_name(f"{out.name}.unfinished.safetensors")
+
+
+def _keep(pruned: Workload, out: Path, *, plain: bool) -> None:
+    """Write the checkpoint, in the first of several processes; the others end here."""
+    from .models import checkpoint
+
+    if not _first():
+        raise typer.Exit
+    checkpoint.save(pruned, out, plain=plain)
+    _unfinished(out).unlink(missing_ok=True)
 
 
 def _pruned(document: dict[str, Any]) -> None:
@@ -494,14 +605,25 @@ def _pruned(document: dict[str, Any]) -> None:
     if speed:
         ratio = speed["speedup"]
         print(
-            f"latency    {speed['original_ms']:.2f} → {speed['measured_ms']:.2f} ms measured, "
-            f"{speed['predicted_ms']:.2f} predicted ({speed['target']}, {speed['precision']}, batch {speed['batch']})\n"
+            f"latency    {speed['original_ms']:.2f} → {speed['measured_ms']:.2f} ms "
+            f"({speed['target']}, {speed['precision']}, batch {speed['batch']})\n"
             f"speedup    {ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}] measured, "
             f"{speed['predicted_speedup']:.2f}x predicted"
         )
+    if document.get("ranks"):
+        print(f"factored   {len(document['ranks'])} layers, at ranks {_span(document['ranks'].values())}")
+    if document.get("merged_tokens"):
+        print(f"merged     {_span(document['merged_tokens'])} tokens a block")
+    if document.get("zeros"):
+        shares = document["zeros"].values()
+        print(f"zeros      {sum(shares) / len(shares):.1%} of a layer, on average")
     if quality:
         print(f"{quality['metric']}   {quality['value']:.2f} (drop {quality['drop']:.2f})")
     print(f"checkpoint {document['checkpoint']}")
+
+
+def _span(numbers: Collection[int]) -> str:
+    return f"{min(numbers)} to {max(numbers)}" if min(numbers) < max(numbers) else f"{min(numbers)}"
 
 
 @app.command()

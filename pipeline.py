@@ -164,12 +164,16 @@ class _Run:
 
     # ---- stages
 
+    def key(self, name: str, depends: Mapping[str, Any]) -> str:
+        """The address of a stage: all that it depends on."""
+        facts = {"stage": name, "edgepress": __version__, "workload": self.root, "seed": self.recipe.seed, **depends}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
     def stage(
         self, name: str, depends: Mapping[str, Any], make: Callable[[Path, Progress], dict[str, Any]]
     ) -> tuple[str, Path, dict[str, Any]]:
         """The key, folder and result of a stage; ``make`` fills the folder unless a finished one is there."""
-        facts = {"stage": name, "edgepress": __version__, "workload": self.root, "seed": self.recipe.seed, **depends}
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        key = self.key(name, depends)
         begin = time.monotonic()
         number = len(self.stages) + 1
         found = sorted((self.out / "stages").glob(f"*-{name}-{key}"))
@@ -336,22 +340,24 @@ class _Run:
         pruned = self._read(folder / "checkpoint")
         facts["recover"] = options.model_dump()
         if options.steps:
+            name, unfinished = f"recover-{number}", self.out / "unfinished"
+            state = unfinished / f"{name}-{self.key(name, facts)}.safetensors"
 
             def train(place: Path, progress: Progress) -> dict[str, Any]:
                 recovered = recover(
                     pruned,
                     self.workload,
-                    steps=options.steps,
-                    batch=options.batch,
-                    lr=options.lr,
+                    **options.model_dump(exclude={"reconstruct"}),
+                    checkpoint=state,
                     seed=self.recipe.seed,
                     progress=progress,
                 )
                 checkpoint.save(recovered.workload, place / "checkpoint")
-                return {"trace": recovered.trace}
+                return {"trace": recovered.trace, "layers": recovered.layers}
 
-            _, folder, result = self.stage(f"recover-{number}", facts, train)
-            self.trace = {"recover": result["trace"]}
+            _, folder, result = self.stage(name, facts, train)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.trace = {"recover": result["trace"], "layers": result["layers"]}
             pruned = self._read(folder / "checkpoint")
         name, plan = f"export-{number}", QuantizationPlan("fp32")
         small = self._artifact(name, f"pruned {number} fp32", pruned, plan, facts, original)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from .compress.recover import Precision
+from .compress.recover.losses import DEFAULT, Term
 from .errors import InputError, UsageError
 from .gate import Constraint
 from .models.sources import FIELDS
@@ -71,6 +73,16 @@ class Recover(_Strict):
     """Steps of distillation from the original; 0 for none."""
     batch: int = Field(default=32, ge=1)
     lr: float = Field(default=5e-4, gt=0)
+    losses: tuple[Term, ...] = Field(default=DEFAULT, min_length=1)
+    """What is distilled."""
+    temperature: float = Field(default=2.0, gt=0)
+    rank: int = Field(default=0, ge=0)
+    """Of low-rank adapters, which alone are trained; 0 trains all weights."""
+    precision: Precision = "auto"
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps after which training rows that were held out are judged, to keep the best weights; 0 for never."""
+    patience: int = Field(default=0, ge=0)
+    """Judgements without better weights after which training ends; 0 for never."""
 
 
 class Quantize(_Strict):

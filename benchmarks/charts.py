@@ -172,12 +172,41 @@ def distributions(names: Sequence[str], samples: Sequence[NDArray[np.float64]], 
     return plane.svg("Distribution of latency")
 
 
-def training(trace: Sequence[dict[str, float]]) -> str:
-    """Loss against step."""
-    points = [(entry["step"], entry["loss"]) for entry in trace]
+def training(trace: Sequence[dict[str, Any]]) -> str:
+    """Loss against step; a circle where something was wrong, which says what."""
+    points = [(entry["step"], entry["loss"]) for entry in trace if entry["loss"] is not None]
     plane = _Plane([x for x, _ in points], [0.0, *(y for _, y in points)], "step", "distillation loss")
     plane.line(points, "curve chosen")
+    for entry in trace:
+        told = "; ".join(f"{event['kind']}, {event['where']}: {event['done']}" for event in entry["events"])
+        if told:
+            x, y = plane.x(entry["step"]), plane.y(plane.y_ticks[-1] if entry["loss"] is None else entry["loss"])
+            tip = escape(f"step {entry['step']}: {told}")
+            plane.parts.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{tip}</title></circle>')
     return plane.svg("Loss during recovery")
+
+
+def norms(layers: Sequence[str], trace: Sequence[dict[str, Any]]) -> str:
+    """The gradient's norm in each of ``layers``, a row, as training went on: darker is larger, on a logarithmic scale
+    that all rows share. A cell is a step, or the median of several; an empty one was not finite."""
+    parts = np.array_split(np.arange(len(trace)), min(48, len(trace)))
+    found = [[_middle([trace[i]["norms"][row] for i in part]) for part in parts] for row in range(len(layers))]
+    known = [math.log10(value) for line in found for value in line if value] or [0.0]
+    low, span = min(known), (max(known) - min(known)) or 1.0
+    plane = _Rows(list(layers))
+    width = (plane.right - plane.left) / len(parts)
+    for row, (layer, line) in enumerate(zip(layers, found, strict=True)):
+        for place, (value, part) in enumerate(zip(line, parts, strict=True)):
+            shade = 0.06 + 0.9 * (math.log10(value) - low) / span if value else 0.0
+            said = "none" if value is None else f"{value:.3g}"
+            tip = f"{layer}, steps {trace[part[0]]['step']} to {trace[part[-1]]['step']}: {said}"
+            plane.box(plane.left + place * width, row, width - 1, shade, tip)
+    return plane.svg("Norm of the gradient, layer by layer, step by step")
+
+
+def _middle(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
 
 
 HUES = 7

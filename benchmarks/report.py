@@ -16,7 +16,7 @@ from ..plan import read_json
 from . import charts, tables
 from .compare import rows as compared
 from .measurement import Measurement
-from .page import page
+from .page import note, page, table
 
 Row = dict[str, Any]
 
@@ -94,7 +94,7 @@ def _page(summary: Row, measured: Sequence[Measurement], original: Row, results:
         ("What the gate decided", _gate(summary)),
     ]
     if summary["trace"].get("recover"):
-        sections.append(("Recovery", charts.training(summary["trace"]["recover"])))
+        sections.append(("Recovery", _recovery(**summary["trace"])))
     data = summary["data"]
     sizes = (
         f"{data['train']:,} training, {data['calibration']:,} calibration and {data['evaluation']:,} evaluation rows"
@@ -179,6 +179,17 @@ def _gate(summary: Row) -> str:
     ]
     head = '<th scope="col">verdict</th><th scope="col">variant</th><th scope="col">why</th>'
     return f'<div class="wide words"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _recovery(recover: Sequence[Row], layers: Sequence[str]) -> str:
+    """How distillation went: its loss, the gradients, and what was wrong."""
+    events = [event for entry in recover for event in entry["events"]]
+    lines = [[f"{event['step']:,}", event["kind"], event["where"], event["done"]] for event in events]
+    told = table(["step", "what", "where", "done"], lines, name="events") if lines else note("Nothing was wrong.")
+    strip = (
+        f"<h3>Norm of the gradient in each layer, from the first step to the last</h3>{charts.norms(layers, recover)}"
+    )
+    return charts.training(recover) + strip + told
 
 
 def _stages(stages: Sequence[Row]) -> str:

@@ -112,10 +112,7 @@ def fit(
         one = Round(budget, predicted, table.total_ms / predicted, first.p50, second.p50, found)
         rounds.append((one, plan))
         if say:
-            say(
-                f"plan {number}: {one.predicted_speedup:.2f}x ({predicted:.2f} ms) predicted, {found.value:.2f}x "
-                f"({second.p50:.2f} ms) measured"
-            )
+            say(f"plan {number}: {one.predicted_speedup:.2f}x predicted, {found.value:.2f}x measured")
         if speedup <= found.value <= SPARE * speedup or (found.value < speedup and budget == least):
             break
         budget *= found.value / speedup

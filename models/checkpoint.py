@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import InputError
 from ..files import new_folder
 from ..plan import PruningPlan, read_json
-from . import encode, mapping, remote, surgery, zoo
+from . import encode, low_rank, mapping, remote, surgery, token_merging, zoo
 from .data import Data
 from .layers import tie, tied
 from .plain import plain_skeleton
@@ -56,6 +56,8 @@ def write(workload: Workload, place: Path) -> None:
         "architecture": workload.skeleton.architecture,
         "labels": list(workload.skeleton.labels),
         "plan": workload.plan.to_json(),
+        "ranks": low_rank.ranks(workload.module),
+        "merged_tokens": token_merging.merged(workload.module),
         "max_length": workload.max_length,
         "source": workload.source,
         "origin": workload.origin,
@@ -107,7 +109,12 @@ def read(folder: Path, data: Data, function: str = "", *, trust_remote_code: boo
     plan = PruningPlan.from_json(meta["plan"])
     module, family, example = skeleton.make(meta["max_length"])
     before = mapping.structure(module, family, None if family.blocks else example)
+    if meta["ranks"]:
+        low_rank.replay(module, before, plan, meta["ranks"])
+        before = mapping.structure(module, family, None)
     restore(module, before, plan, folder / "model.safetensors", meta["tied"])
+    if meta["merged_tokens"]:
+        token_merging.install(module, mapping.block_lists(module, family), meta["merged_tokens"])
     dtype = next(module.parameters()).dtype
     example = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example.items()}
     data, example = encode.fitted(data, module, example)
@@ -143,9 +150,10 @@ def _description(folder: Path, function: str, trusted: bool) -> tuple[dict[str, 
     """What ``edgepress.json`` says, every field of the type it should have, and the skeleton it describes."""
     meta = read_json(folder / META)
     types = {"format": int, "name": str, "architecture": str, "labels": list, "plan": dict, "max_length": int}
+    types |= {"source": str, "origin": str, "tied": dict, "ranks": dict, "merged_tokens": list}
     if isinstance(meta, dict):
-        meta.setdefault("tied", {})
-    for field, kind in {**types, "source": str, "origin": str, "tied": dict}.items():
+        meta = {"tied": {}, "ranks": {}, "merged_tokens": [], **meta}
+    for field, kind in types.items():
         if not isinstance(meta, dict) or not isinstance(meta.get(field), kind):
             raise InputError(
                 f"{folder / META} is not an edgepress checkpoint: '{field}' is missing or of another type."

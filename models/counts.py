@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .token_merging import Merge
+
 Call = tuple[tuple[int, ...], tuple[int, ...]]
 """The shapes of a layer's input and output in one call; of a ``MultiheadAttention``, those of its queries and keys."""
 
@@ -33,7 +35,7 @@ def observe(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, list[
     handles = [
         layer.register_forward_hook(note(name))
         for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D, nn.MultiheadAttention, *CONVOLUTIONS, *RECURRENT))
+        if isinstance(layer, (nn.Linear, Conv1D, nn.MultiheadAttention, Merge, *CONVOLUTIONS, *RECURRENT))
     ]
     try:
         with torch.no_grad():
@@ -80,6 +82,8 @@ def layer_macs(layer: Any, calls: Iterable[Call]) -> int:
             queries, keys = math.prod(given[:-1]), math.prod(made[:-1])
             tokens = made[1 if layer.batch_first else 0]
             total += layer.embed_dim**2 * 2 * (queries + keys) + 2 * queries * tokens * layer.embed_dim
+        elif isinstance(layer, Merge):
+            total += layer.macs(given)
         elif isinstance(layer, CONVOLUTIONS):
             transposed = getattr(layer, "transposed", False)
             positions = math.prod(given[2:]) if transposed else math.prod(made[2:])

@@ -112,10 +112,11 @@ class Rows:
         chosen = order if self.classes is None else order[stratified(self.classes[order])]
         return self.pick(sorted(chosen[:count]))
 
-    def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
+    def batches(self, size: int, *, seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
         """All rows once, rows of similar length together, padded to the longest of each batch.
 
         With ``seed`` the rows of equal length and the order of the batches are shuffled; without, the order is fixed.
+        The first ``skip`` batches are left out.
         """
         if not len(self):
             raise InputError("This needs rows: give a data file or folder with --data.")
@@ -126,7 +127,7 @@ class Rows:
             random = np.random.default_rng(seed)
             order = np.lexsort((random.random(len(self)), self.lengths))
             starts = random.permutation(np.arange(0, len(self), size))
-        for start in starts:
+        for start in starts[skip:]:
             rows = order[start : start + size]
             yield Batch(rows, self.padded(rows), self.padded_labels(rows))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import low_rank
 from .layers import out_features
 from .statistics import statistics
 from .structure import Stack
@@ -63,7 +64,7 @@ def _block(workload: Workload, stack: Stack, layer: int) -> dict[str, Any]:
         "cross_heads": count["cross_head"],
         "head_dim": head.gates[0].width,
         "ffn": count["ffn"],
-        "hidden_size": out_features(workload.module.get_submodule(head.consumer)),
+        "hidden_size": out_features(workload.module.get_submodule(low_rank.owner(workload.module, head.consumer))),
         "params": sum(parameter.numel() for parameter in own.parameters()),
         "macs": sites["block"].macs if "block" in sites else None,
     }

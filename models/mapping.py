@@ -17,7 +17,9 @@ from . import hidden as stream
 from .counts import Call, attention_macs, layer_macs, observe, row_axes
 from .families import Attention, Blocks, Family
 from .layers import GroupedLinear, in_features, matrix, out_features
+from .low_rank import holder as held_by
 from .structure import Cut, Site, Stack, Structure
+from .token_merging import MergingBlock, mark
 
 Calls = Mapping[str, list[Call]]
 
@@ -44,8 +46,8 @@ def structure(
         sites = [replace(site, row_axis=axes.get(site.consumer, 0)) for site in sites]
     products = sum(_products(module, a, prefix, calls) for a, prefix, _ in attentions(module, family))
     total = sum(layer_macs(module.get_submodule(name), made) for name, made in calls.items()) + products
-    first = next(site for site in sites if site.kind == "head")
-    hidden = out_features(module.get_submodule(first.consumer))
+    attention, _, block = next(attentions(module, family))
+    hidden = out_features(block.get_submodule(attention.output))
     if family.hidden:
         known = before.find(stream.KIND, stream.LAYER) if before else None
         sites.append(stream.site(module, stacks, sites, hidden, calls, known))
@@ -97,10 +99,11 @@ def _sites(  # noqa: PLR0917
         sites.append(
             _site(
                 module, calls, cuts, 0, kind="ffn", layer=layer, count=count, block=prefix,
-                sum_at=_join(prefix, ffn.sum_at), scaled_by=_scale(block, prefix, ffn.scaled_by),
+                sum_at=_join(prefix, "added" if isinstance(block, MergingBlock) else ffn.sum_at),
+                scaled_by=_scale(block, prefix, ffn.scaled_by),
             )
         )  # fmt: skip
-    if not declared.shared:
+    if not declared.shared and not (isinstance(block, MergingBlock) and block.reshapes):
         inside = sum(layer_macs(module.get_submodule(n), c) for n, c in calls.items() if n.startswith(f"{prefix}."))
         inside += sum(_products(module, attention, prefix, calls) for attention in declared.attentions)
         moved = [block.get_submodule(name) for name in declared.moves if ":" not in name and _has(block, name)]
@@ -133,7 +136,7 @@ def _attention_sites(  # noqa: PLR0917
     facts: dict[str, Any] = {
         "layer": layer,
         "block": prefix,
-        "sum_at": _join(prefix, attention.sum_at),
+        "sum_at": _join(prefix, "merging" if isinstance(block, MergingBlock) else attention.sum_at),
         "scaled_by": _scale(block, prefix, attention.scaled_by),
     }
     products = _products(module, attention, prefix, calls) // heads
@@ -141,7 +144,8 @@ def _attention_sites(  # noqa: PLR0917
     if not grouped:
         return [head]
     kv_heads = out_features(key) // head_dim
-    owner = key.groups if isinstance(key, GroupedLinear) else tuple(i // (heads // kv_heads) for i in range(heads))
+    last = block.get_submodule(held_by(block, attention.key, "out"))
+    owner = last.groups if isinstance(last, GroupedLinear) else tuple(i // (heads // kv_heads) for i in range(heads))
     own = tuple(Cut(f"{prefix}.{name}", "out", head_dim) for name in (attention.key, attention.value))
     kv = _site(module, calls, own, 0, kind="kv", count=kv_heads, gates=cuts[-1:], owner=owner, **facts)
     share = heads / kv_heads  # a group takes its query heads along; on average where they are unequal
@@ -150,8 +154,14 @@ def _attention_sites(  # noqa: PLR0917
 
 
 def _site(module: nn.Module, calls: Calls, cuts: tuple[Cut, ...], extra_macs: int, **facts: Any) -> Site:
-    """A site with the costs of one of its units: the parameters in its cuts, and the products they take part in."""
+    """A site with the costs of one of its units: the parameters in its cuts, and the products they take part in.
+
+    A cut through a factored layer is one through the factor that holds the features.
+    """
     params = macs = 0
+    cuts = tuple(_held(module, cut) for cut in cuts)
+    if "gates" in facts:
+        facts["gates"] = tuple(_held(module, cut) for cut in facts["gates"])
     for cut in cuts:
         width = cut.width * len(cut.offsets)
         table = _parameter(module, cut.layer)
@@ -173,12 +183,17 @@ def _site(module: nn.Module, calls: Calls, cuts: tuple[Cut, ...], extra_macs: in
     return Site(cuts=cuts, params=params, macs=macs + extra_macs, **facts)
 
 
+def _held(module: nn.Module, cut: Cut) -> Cut:
+    return cut if _has_parameter(module, cut.layer) else replace(cut, layer=held_by(module, cut.layer, cut.side))
+
+
 def _products(module: nn.Module, attention: Attention, prefix: str, calls: Calls) -> int:
     """Multiply-accumulates of an attention's own products, over all of its heads."""
-    query, key = (calls.get(f"{prefix}.{name}", []) for name in (attention.query, attention.key))
+    query, key = (calls.get(held_by(module, f"{prefix}.{name}", "in"), []) for name in (attention.query, attention.key))
     if not query or not key:
         return 0
-    more = [call for name in attention.more for call in calls.get(f"{prefix}.{name}", [])]
+    names = [f"{prefix}.{name}" for name in attention.more if _has(module, f"{prefix}.{name}")]
+    more = [call for name in names for call in calls.get(held_by(module, name, "in"), [])]
     return attention_macs(query, key, more) * in_features(module.get_submodule(f"{prefix}.{attention.output}"))
 
 
@@ -262,7 +277,7 @@ def _regroup(block: nn.Module, attention: Attention, parts: tuple[int, ...], gon
     share = len(owner) // len(number)
     regular = owner == [place // share for place in range(len(owner))]
     setattr(block.get_submodule(attention.module), attention.groups, share if regular else 1)
-    for name in (attention.key, attention.value):
+    for name in (held_by(block, attention.key, "out"), held_by(block, attention.value, "out")):
         layer = block.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         if regular and isinstance(layer, GroupedLinear):
@@ -285,7 +300,9 @@ def drop_blocks(module: nn.Module, family: Family, plan: PruningPlan) -> None:
             for child in blocks[was].modules():
                 if getattr(child, "layer_idx", None) == was:
                     child.layer_idx = place  # type: ignore[assignment] # the cache's slot, an attribute of transformers
-        module.set_submodule(path, nn.ModuleList(blocks[place] for place in stay))
+        left = nn.ModuleList(blocks[place] for place in stay)
+        module.set_submodule(path, left)
+        mark(left)
         _shorten(module, declared, path, stay)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError, UsageError
-from . import mapping
+from . import low_rank, mapping, token_merging
 from .families import Blocks
 from .layers import GroupedLinear
 from .skeleton import POOLED, Skeleton
@@ -31,6 +31,10 @@ def plain_skeleton(workload: Workload) -> Skeleton:
     module: Any = workload.module
     if any(isinstance(layer, GroupedLinear) for layer in module.modules()):
         raise UsageError("Key/value groups serve unequal numbers of heads: no configuration can say so; use --uniform.")
+    if low_rank.ranks(module):
+        raise UsageError(f"Layers of {workload.name} are factored, which no configuration can say.")
+    if token_merging.merged(module):
+        raise UsageError(f"{workload.name} merges tokens, which no configuration can say.")
     for (declared, path, blocks), was, now in zip(
         mapping.block_lists(module, family), before.stacks, workload.structure.stacks, strict=True
     ):

@@ -22,6 +22,7 @@ from . import families, hidden, mapping
 from .counts import CONVOLUTIONS
 from .layers import drop, in_features, tie, tied
 from .structure import Structure
+from .token_merging import MergingBlock
 from .workload import Workload
 
 TOLERANCE = 1e-3
@@ -110,6 +111,9 @@ def gated(module: nn.Module, structure: Structure, gates: Tensor) -> Iterator[No
             layer = module.get_submodule(cut.layer)
             multiplier = site.multiplier(part, cut, in_features(layer))
             handles.append(layer.register_forward_pre_hook(_unit_hook(multiplier, site.row_axis)))
+            block = module.get_submodule(site.block)
+            if site.kind == "head" and isinstance(block, MergingBlock):
+                handles.append(block.merging.register_forward_pre_hook(_keys_hook(multiplier)))
     try:
         yield
     finally:
@@ -138,6 +142,15 @@ def _unit_hook(multiplier: Tensor, row_axis: int) -> Any:
         else:
             gate = by_row(multiplier, args[0], row_axis)
         return ((args[0] * gate).to(args[0].dtype), *args[1:])
+
+    return multiply
+
+
+def _keys_hook(multiplier: Tensor) -> Any:
+    """A masked head has no say in which tokens are alike."""
+
+    def multiply(_: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return args[0], (args[1] * by_row(multiplier, args[1], 0)).to(args[1].dtype)
 
     return multiply
 

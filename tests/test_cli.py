@@ -56,6 +56,32 @@ def test_the_verbs_one_after_the_other(edgepress: Any, model_folder: Path, revie
     assert all(row["source"] and row["what"] for row in run("methods", "--json")["methods"])
 
 
+def test_pruning_to_a_speed(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    """Out of reach: the fastest model there is is written, and exit code 3 says so."""
+    args = (
+        "--data",
+        reviews_csv,
+        *COLUMNS,
+        "--method",
+        "taylor",
+        "--target",
+        "cpu:1",
+        "--seq",
+        32,
+        "--speedup",
+        "900x",
+    )
+    done = edgepress("prune", model_folder, *args, "--recover", "none", "--json", "-o", tmp_path / "out")
+    assert done.returncode == 3, done.stderr
+    assert "cannot be pruned to 900x; the fastest found has" in done.stderr
+    found = json.loads(done.stdout)
+    speed = found["speed"]
+    assert speed["sequence"] == 32
+    assert speed["predicted_speedup"] > 1
+    assert len(found["plan"]["block"]) == 2, "all blocks but one went"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_scores_as_tables(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
     import pandas as pd
 
@@ -229,6 +255,13 @@ def test_labels_the_wrong_way_round(
         (["quantize", "zoo:minilm-reviews", "--scheme", "int3"], "no scheme 'int3'"),
         (["export", "zoo:minilm-reviews", "--to", "openvino"], "not available yet"),
         (["prune", "zoo:minilm-reviews", "--recover", "hope"], "no recovery 'hope'"),
+        (["prune", "zoo:minilm-reviews", "--speedup", "2x", "--ratio", "0.5"], "--speedup or --ratio, not both"),
+        (["prune", "zoo:minilm-reviews", "--speedup", "2x", "--uniform"], "--speedup or --uniform, not both"),
+        (["prune", "zoo:minilm-reviews", "--target", "cpu"], "give both"),
+        (["prune", "zoo:minilm-reviews", "--speedup", "fast"], "'fast' is not a speedup"),
+        (["prune", "zoo:minilm-reviews", "--speedup", "1x"], "must be above 1"),
+        (["prune", "zoo:minilm-reviews", "--speedup", "2x", "--target", "toaster"], "no target 'toaster'"),
+        (["prune", "zoo:minilm-reviews", "--speedup", "2x", "--precision", "int3"], "no scheme 'int3'"),
         (["bench", "nowhere"], "no artifact folder"),
         (["bench", ".", "--batch", "x"], "not an artifact"),
         (["compare", "."], "not a finished run"),

@@ -102,9 +102,9 @@ def sums(structure: Structure, values: Tensor) -> dict[Site, Floats]:
     return losses
 
 
-def orders(structure: Structure, values: Tensor) -> dict[Site, list[int]]:
+def orders(structure: Structure, values: Tensor) -> dict[Site, tuple[int, ...]]:
     """Of every site the units from the first to go to the last, by scores [num_units]."""
-    return {site: values[place].argsort(stable=True).tolist() for site, place in structure.slices()}
+    return {site: tuple(values[place].argsort(stable=True).tolist()) for site, place in structure.slices()}
 
 
 def by_latency(

@@ -19,6 +19,9 @@ and afresh from H and W whenever a quarter of the columns has gone, so that roun
 share of the mean diagonal (:func:`.obs.damped`); it holds the weights where they are, so few tokens cannot make a unit
 look replaceable.
 
+The layer's error does not know what the task needs of its outputs. With a ``prior`` units are compared by their errors
+times that, the unit's importance by a score; what is told stays the error.
+
 Of more than 64 units a 64th of those left goes at once, the lowest by their errors one by one, and the error is that of
 all of them together.
 """
@@ -52,12 +55,14 @@ def solution(h: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
     return torch.cholesky_solve((weight @ h[:, kept]).T, factor).T
 
 
-def eliminate(h: Tensor, weight: Tensor, units: Tensor) -> Elimination:
+def eliminate(h: Tensor, weight: Tensor, units: Tensor, *, prior: Tensor | None = None) -> Elimination:
     """The greedy order of the units whose columns are the rows of ``units``, int64 [units, width], and its errors.
 
-    ``h`` is H [columns, columns], ``weight`` W [out, columns], both float64. Columns of no unit stay.
+    ``h`` is H [columns, columns], ``weight`` W [out, columns], both float64. Columns of no unit stay. ``prior``
+    [units], above zero, multiplies the errors by which units are compared.
     """
     count = len(units)
+    prior = torch.ones(count, dtype=torch.float64) if prior is None else prior.double()
     found = torch.zeros(count + 1, dtype=torch.float64)
     order: list[int] = []
     alive = torch.arange(count)
@@ -71,7 +76,7 @@ def eliminate(h: Tensor, weight: Tensor, units: Tensor) -> Elimination:
             inverse, v = _afresh(h, weight, here)
         columns = torch.searchsorted(here, units[alive])
         step = max(1, len(alive) // AT_ONCE)
-        first = errors(inverse, v, columns).argsort(stable=True)[:step]
+        first = (errors(inverse, v, columns) * prior[alive]).argsort(stable=True)[:step]
         going = columns[first].flatten()
         left = len(alive) - step
         added = float(errors(inverse, v, going[None]))

@@ -10,9 +10,9 @@ Cost    One pass for the Gram matrices, an elimination for each site, and about 
 Source  The loss by layer and level is ZipLM's (Kurtic et al. 2023, arXiv 2302.04089), who take the layer's own error
         for it; measured at the model's answers here
 
-Two orders are tried for each site at ``DUEL`` of its units, that of the scores given and that of :mod:`.elimination`,
-and the one that loses less is taken: what a layer can make up for need not be what the task can spare, and the other
-way round.
+Two orders are tried for each site at ``DUEL`` of its units, that of the scores given and that of :mod:`.elimination`
+with the scores as its prior, and the one that loses less is taken: what a layer can make up for need not be what the
+task can spare, and the other way round.
 
 The distance is the mean over rows of KL(original || cut) where answers are classes or tokens, and elsewhere the squared
 error over the answers' mean square. To second order both are quadratic in what the answers change by, which is linear
@@ -53,6 +53,9 @@ LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 DUEL = 1 / 4
 """The share of a site's units at which orders are held against each other."""
+
+LEAST = 1e-3
+"""What every unit's prior is at least, in units of its site's mean score."""
 
 Floats = NDArray[np.float64]
 
@@ -122,8 +125,7 @@ def predict(
         seen[name] = moments
         for site in [site for site, names in waiting.items() if all(name in seen for name in names)]:
             readers = [_reader(module, site, cut, seen[cut.layer]) for cut in site.gates]
-            order = tuple(scores[places_of[site]].argsort(stable=True).tolist())
-            done(site, *_best(trials, site, readers, order))
+            done(site, *_best(trials, site, readers, scores[places_of[site]]))
             del waiting[site]
         needed = {name for names in waiting.values() for name in names}
         seen = {name: moments for name, moments in seen.items() if name in needed}
@@ -138,13 +140,13 @@ def _reader(module: nn.Module, site: Site, cut: Cut, moments: Moments) -> _Reade
     return _Reader(layer, h, moments.mean.double(), matrix(layer).detach().double(), units)
 
 
-def _best(
-    trials: _Trials, site: Site, readers: Sequence[_Reader], order: tuple[int, ...]
-) -> tuple[Floats, tuple[int, ...]]:
-    """The losses of a site and its order, the given one or by elimination."""
+def _best(trials: _Trials, site: Site, readers: Sequence[_Reader], scores: Tensor) -> tuple[Floats, tuple[int, ...]]:
+    """The losses of a site and its order, by the ``scores`` [units] alone or by elimination with them."""
+    order = tuple(scores.argsort(stable=True).tolist())
     orders = [order]
     if len(readers) == 1 and len({len(columns) for columns in readers[0].units}) == 1:
-        orders.append(eliminate(readers[0].h, readers[0].weight, torch.stack(readers[0].units)).order)
+        units = torch.stack(readers[0].units)
+        orders.append(eliminate(readers[0].h, readers[0].weight, units, prior=_prior(scores)).order)
     if len(orders) > 1:
         gone = site.count - max(round(DUEL * site.count), 1)
         lost = [trials.distance(site, one[:gone], _changed(readers, one[:gone])) for one in orders]
@@ -154,6 +156,12 @@ def _best(
 
 def _changed(readers: Sequence[_Reader], gone: Sequence[int]) -> list[tuple[_Reader, Tensor]]:
     return [(reader, reader.without(gone)) for reader in readers]
+
+
+def _prior(scores: Tensor) -> Tensor:
+    """Scores over their mean; those of units that nothing is lost with still leave their errors to be compared."""
+    scores = scores.double().clamp(min=0)
+    return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny) + LEAST
 
 
 def _curve(trials: _Trials, site: Site, readers: Sequence[_Reader], order: Sequence[int]) -> Floats:

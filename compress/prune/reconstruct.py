@@ -3,8 +3,8 @@
 What    Layer after layer, the weights of each consumer of pruned units (attention output, second feed-forward layer)
         are replaced by the ridge-regression solution that brings the residual stream back to the original's.
 When    Always after pruning: it needs no labels and no training, and it gives distillation a far better start.
-Cost    For each consumer, one pass of both models up to it over the rows; memory is one Gram matrix
-        [features, features] in float64.
+Cost    Each block of both models is run over the rows a few times; memory is one Gram matrix [features, features] in
+        float64, and the states of the rows after one block (:mod:`.replay`).
 Source  Least-squares mask tuning of Kwon et al. 2022 (arXiv 2204.09656, section 4.3), here over all weights of the
         consumer (He et al. 2017, arXiv 1707.06168) and with the residual stream's own error in the target
 
@@ -12,24 +12,29 @@ Derivation. A consumer adds c (W x + b) to the stream s, where c is one, or the 
 the sum is t = s_o + c (W_o x_o + b_o). In the pruned model the stream is s_p, different already, and x_p has fewer
 features. The sum over tokens of |W x_p + b - (t - s_p) / c|^2 + λ |W - W_p|^2 is least, with Y = (t - s_p) / c,
 z = [x_p; 1] and V = [W b], where V = (Y zᵀ + λ V_p) (z zᵀ + λ I)⁻¹: λ pulls towards the weights as they are, so few
-rows cannot ruin a layer. A consumer without a bias gets none: z = x_p.
+rows cannot ruin a layer. A consumer without a bias gets none: z = x_p. A block that runs several times is solved for
+all of its runs at once, each with the stream as it is before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...models import hidden
-from ...models.data import Rows
+from ...errors import UsageError
+from ...models import hidden, low_rank, token_merging
+from ...models.data import Batch
 from ...models.layers import matrix
 from ...models.structure import Site
 from ...models.surgery import prune as copy_of
 from ...models.workload import Progress, Workload
 from ...plan import PruningPlan
+from ..score.readers import Moments
+from .low_rank import fit
+from .replay import Replay
 
 BATCH = 32
 
@@ -47,16 +52,20 @@ def reconstruct(
 
     ``pruned`` must descend from ``original``'s module. ``ridge`` is λ in units of the Gram matrix's mean diagonal.
     """
+    if bool(token_merging.merged(original.module)) != bool(token_merging.merged(pruned.module)):
+        raise UsageError(f"{pruned.name} merges tokens and its original does not: reconstruct first, merge then.")
     result = copy_of(pruned, PruningPlan())
     sample = original.data.calibration.take(rows, seed)
     gone = _blocks_gone_since(original, pruned)
     layers = [layer for layer in range(original.structure.num_layers) if layer not in gone]
     sites = [site for site in result.structure.sites if site.block and site.kind not in {"block", "kv"}]
     stream = hidden.kept(original, pruned)
+    batches = list(sample.batches(BATCH))
+    then, now = Replay(original, batches), Replay(result, batches)
     with torch.no_grad():
         for done, site in enumerate(sites, 1):
             before = original.structure.site(site.kind, layers[site.layer])
-            _solve((original, before), (result, site), sample, ridge, stream)
+            _solve((then, before), (now, site), ridge, stream)
             if progress:
                 progress(done, len(sites), "layers solved")
     return result
@@ -69,32 +78,73 @@ def _blocks_gone_since(original: Workload, pruned: Workload) -> set[int]:
     return {numbering.index(layer) for layer in pruned.plan.blocks - original.plan.blocks}
 
 
-def _solve(then: tuple[Workload, Site], now: tuple[Workload, Site], rows: Rows, ridge: float, stream: Tensor) -> None:
-    """Replace the weights of the consumer of ``now``, a workload and its site, by the solution derived above.
+def _solve(then: tuple[Replay, Site], now: tuple[Replay, Site], ridge: float, stream: Tensor) -> None:
+    """Replace the weights of the consumer of ``now``, a workload's replay and a site, by the solution derived above.
 
     ``stream`` names the channels of the original's residual stream that are left.
     """
-    pruned, site = now
-    consumer: Any = pruned.module.get_submodule(site.consumer)
-    weights, bias = matrix(consumer), consumer.bias
+    consumer = _consumer(*now)
+    factored = isinstance(consumer, low_rank.LowRank)
+    weights, bias = consumer.weight if factored else matrix(consumer), consumer.bias
     held = (weights if bias is None else torch.cat([weights, bias[:, None]], dim=1)).double()
-    scale = pruned.module.get_parameter(site.scaled_by) if site.scaled_by else 1.0
     gram = torch.zeros(held.shape[1], held.shape[1], dtype=torch.float64)
     cross = torch.zeros_like(held)
-    for batch in rows.batches(BATCH):
-        wanted = _at(*then, batch.inputs)[1][..., stream]
-        inputs, found = _at(*now, batch.inputs)
+    for batch, inputs, target in _targets(then, now, stream):
         real = _real(batch.inputs, inputs)
         features = nn.functional.pad(inputs[real], (0, held.shape[1] - weights.shape[1]), value=1.0).double()
-        missing = (wanted - found)[real] / scale + consumer(inputs[real])
         gram += features.T @ features
-        cross += missing.double().T @ features
+        cross += target[real].double().T @ features
     weight = ridge * gram.diagonal().mean()
     eye = torch.eye(len(gram), dtype=torch.float64)
-    solved = torch.linalg.solve(gram + weight * eye, (cross + weight * held).T).T.to(weights.dtype)
+    solved = torch.linalg.solve(gram + weight * eye, (cross + weight * held).T).T
+    if factored:  # of that rank, what comes nearest to the solution (reduced-rank regression)
+        _fit(consumer, solved, gram, weights.shape[1])
+        return
+    solved = solved.to(weights.dtype)
     weights.copy_(solved[:, : weights.shape[1]])
     if bias is not None:
         bias.copy_(solved[:, -1])
+
+
+def _targets(
+    then: tuple[Replay, Site], now: tuple[Replay, Site], stream: Tensor
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Of each batch the pruned consumer's input and, at its positions, the Y derived above.
+
+    Where the input does not lie as the stream does (the windows of an image), Y is what the original's consumer makes.
+    """
+    (original, before), (pruned, site) = then, now
+    scale = pruned.workload.module.get_parameter(site.scaled_by) if site.scaled_by else 1.0
+    block = pruned.workload.structure.find("block", site.layer)
+    turned_round = block is not None and block.row_axis != site.row_axis
+    for number, batch in enumerate(pruned.batches):
+        for (read, wanted), (inputs, found) in zip(original.at(before, number), pruned.at(site, number), strict=True):
+            made = _consumer(pruned, site)(inputs)
+            error = _left(wanted, found, stream) - found
+            error = error.transpose(0, 1) if turned_round else error
+            if error.shape == made.shape:
+                yield batch, inputs, error / scale + made
+            else:
+                yield batch, inputs, _left(_consumer(original, before)(read), made, stream)
+
+
+def _left(states: Tensor, like: Tensor, stream: Tensor) -> Tensor:
+    """``states`` of the original in the channels that ``like``, of the pruned model, has."""
+    return states if states.shape[-1] == like.shape[-1] else states[..., stream]
+
+
+def _consumer(replay: Replay, site: Site) -> Any:
+    module = replay.workload.module
+    return module.get_submodule(low_rank.owner(module, site.consumer))
+
+
+def _fit(factored: low_rank.LowRank, solved: Tensor, gram: Tensor, width: int) -> None:
+    """``solved`` [out, width, or width + 1 with the bias] as factors, for inputs with the Gram matrix ``gram``."""
+    biased = len(gram) > width
+    tokens = gram[-1, -1] if biased else gram.new_ones(())
+    mean = gram[-1, :width] / tokens if biased else gram.new_zeros(width)
+    seen = Moments(1, mean, gram.diagonal()[:width] / tokens, gram[:width, :width] / tokens)
+    fit(factored, solved[:, :width], solved[:, -1] if biased else None, seen)
 
 
 def _real(inputs: Mapping[str, Tensor], features: Tensor) -> Tensor:
@@ -103,37 +153,3 @@ def _real(inputs: Mapping[str, Tensor], features: Tensor) -> Tensor:
     if mask is None or mask.shape != features.shape[:-1]:
         return torch.ones(features.shape[:-1], dtype=torch.bool)
     return mask.bool()
-
-
-class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass once what it was run for has been seen
-    pass
-
-
-def _at(workload: Workload, site: Site, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The consumer's input and the residual sum after it, each [batch, sequence, features]."""
-    seen: dict[str, Tensor] = {}
-
-    def consumer_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen["features"] = args[0]
-
-    def next_input(_: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        seen["sum"] = args[0]
-        raise _Enough
-
-    def block_output(_: nn.Module, __: Any, output: Any) -> Any:
-        seen["sum"] = output[0] if isinstance(output, tuple) else output
-        raise _Enough
-
-    first = workload.module.get_submodule(site.consumer).register_forward_pre_hook(consumer_input)
-    if site.sum_at:
-        second = workload.module.get_submodule(site.sum_at).register_forward_pre_hook(next_input)
-    else:
-        second = workload.module.get_submodule(site.block).register_forward_hook(block_output)
-    try:
-        workload.forward(inputs)
-    except _Enough:
-        pass
-    finally:
-        first.remove()
-        second.remove()
-    return seen["features"], seen["sum"]

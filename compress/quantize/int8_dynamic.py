@@ -27,9 +27,14 @@ def quantize(workload: Workload, *, embeddings: bool = True) -> QuantizationPlan
     weights = {
         name: "int8"
         for name, child in workload.module.named_modules()
-        if (isinstance(child, (nn.Linear, Conv1D, nn.LSTM)) and name.startswith(blocks))
+        if (_has_products(child) and name.startswith(blocks))
         or (embeddings and isinstance(child, nn.Embedding) and child.weight.numel() >= 1 << 16)
     }
     if not weights:
         raise UsageError(f"{workload.name} has no linear layer, LSTM or large table that int8-dynamic could quantize.")
     return QuantizationPlan("int8-dynamic", weights)
+
+
+def _has_products(child: nn.Module) -> bool:
+    """A feed-forward layer all of whose channels went is still there, but computes nothing."""
+    return isinstance(child, nn.LSTM) or (isinstance(child, (nn.Linear, Conv1D)) and child.weight.numel() > 0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...models.data import Rows
 from ...models.structure import Structure
 from ...models.surgery import gated
+from ...models.token_merging import MergingBlock
 from ...models.workload import Progress, Workload
 from .evidence import BATCH, Evidence
 
@@ -63,9 +64,13 @@ def changes(
 
 @contextmanager
 def recorded(module: nn.Module, structure: Structure) -> Iterator[dict[str, Any]]:
-    """Yields the output of every block by its path, in the order in which they run; empty for blocks that run twice."""
+    """Yields the output of every block by its path, in the order in which they run.
+
+    It has none of blocks that run twice, and of those that merge tokens, which hand on more than they return.
+    """
     outputs: dict[str, Any] = {}
     paths = [f"{stack.path}.{place}" for stack in structure.stacks if not stack.shared for place in range(stack.count)]
+    paths = [path for path in paths if not isinstance(module.get_submodule(path), MergingBlock)]
 
     def keep(path: str) -> Any:
         return lambda _, __, output: outputs.update({path: output})

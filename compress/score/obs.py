@@ -67,11 +67,17 @@ def errors(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
 
 
 def damped(moments: Moments, *, centred: bool, ridge: float = RIDGE) -> Tensor:
-    """H = mean x xᵀ + λ I in float64, of the inputs or of what they differ by from their mean."""
+    """H = mean x xᵀ + λ I in float64, of the inputs or of what they differ by from their mean.
+
+    λ grows tenfold until H is positive definite: sums in float32 of inputs that vary in few directions are not.
+    """
     assert moments.gram is not None
     gram = moments.gram.double()
     if centred:
         mean = moments.mean.double()
         gram = gram - torch.outer(mean, mean)
     weight = ridge * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    return gram + weight * torch.eye(len(gram), dtype=gram.dtype)
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    while torch.linalg.cholesky_ex(gram + weight * eye).info and torch.isfinite(weight):
+        weight = 10 * weight
+    return gram + weight * eye

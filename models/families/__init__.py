@@ -87,6 +87,9 @@ class Blocks:
     attentions: tuple[Attention, ...]
     ffn: FeedForward
     shared: bool = False
+    branches: tuple[tuple[str, ...], ...] = ()
+    """Where a block is x + a(x), then x + b(x): the modules of a, which has the attention, and of b, one after the
+    other. Tokens can be merged between the two."""
     moves: tuple[str, ...] = ()
     """What the first block holds for all others: it passes to the next one when the first block goes."""
     config: Mapping[str, str] = field(default_factory=dict)

@@ -15,6 +15,10 @@ FAMILY = Family(
             path="encoder.layer",
             attentions=(replace(ATTENTION, sum_at="norm2", scaled_by="layer_scale1.lambda1"),),
             ffn=FeedForward(inputs=("mlp.fc1",), output="mlp.fc2", scaled_by="layer_scale2.lambda1"),
+            branches=(
+                ("norm1", "attention", "layer_scale1", "drop_path"),
+                ("norm2", "mlp", "layer_scale2", "drop_path"),
+            ),
             config=CONFIG | {"ffn": "mlp_ratio"},
         ),
     ),

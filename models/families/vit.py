@@ -24,6 +24,7 @@ FAMILY = Family(
             path="layers",
             attentions=(ATTENTION,),
             ffn=FeedForward(inputs=("mlp.fc1",), output="mlp.fc2"),
+            branches=(("layernorm_before", "attention", "dropout"), ("layernorm_after", "mlp", "dropout")),
             config=CONFIG | {"ffn": "intermediate_size"},
         ),
     ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
+from .. import token_merging
 from ..data import Batch
 from ..workload import Progress, Workload, check_finite
 from . import attention, finite, gradient_flow, representation
@@ -31,6 +32,8 @@ def statistics(
     as it was, whatever happens. Raises InputError where there are no rows, or where a NaN or an infinity arises, naming
     the layer and the row.
     """
+    if token_merging.merged(workload.module):
+        raise InputError(f"{workload.name} merges tokens: look at its statistics before that, or ask for none.")
     sample = workload.data.calibration.take(rows, seed)
     if not len(sample):
         raise InputError(f"{workload.name} has no calibration rows, and statistics need some.")

@@ -85,6 +85,22 @@ def test_it_finds_the_unit_that_another_stands_in_for() -> None:
     assert float(found.errors[6]) < 1e-6 * float(found.errors[5])
 
 
+def test_a_prior_weighs_what_is_compared_and_not_what_is_told() -> None:
+    _, h, weight = _problem(12, 4, 5)
+    units, prior = torch.arange(12).reshape(6, 2), torch.tensor([3.0, 0.01, 1.0, 9.0, 0.5, 2.0])
+    found = eliminate(h, weight, units, prior=prior)
+    assert found.order != eliminate(h, weight, units).order
+    gone: list[int] = []
+    for unit in found.order:
+        before = float(found.errors[6 - len(gone)])
+        left = [other for other in range(6) if other not in gone]
+        kept = {other: torch.tensor([c for c in range(12) if c // 2 not in {*gone, other}]).long() for other in left}
+        told = {other: _error(h, weight, columns) for other, columns in kept.items()}
+        assert min(left, key=lambda other: (told[other] - before) * float(prior[other])) == unit
+        gone.append(unit)
+        assert float(found.errors[6 - len(gone)]) == pytest.approx(told[unit], rel=1e-8)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "vit", "t5", "cnn", "sequence first"])
 def test_predicted_losses_are_those_of_the_cut_and_solved_model(name: str, with_rows: Callable[..., Any]) -> None:
     small = with_rows(name)

@@ -14,6 +14,7 @@ import torch
 from edgepress.compress import score as scores
 from edgepress.compress.score import ablation, obs, second_order
 from edgepress.compress.score.evidence import gate_gradients, gather, gram_groups
+from edgepress.compress.score.readers import Moments
 from edgepress.errors import InputError, UsageError
 from edgepress.models import families, mapping, surgery
 from edgepress.models.data import Data
@@ -330,6 +331,16 @@ def test_obs_update_formula_is_least_squares_too(with_rows: Callable[..., Any]) 
         solved = torch.linalg.lstsq(tall[:, kept], tall @ weight.T).solution
         expected = (tall @ weight.T - tall[:, kept] @ solved).square().sum()
         torch.testing.assert_close(obs.errors(inverse, weight, torch.tensor([gone])), expected[None])
+
+
+def test_inputs_that_vary_in_few_directions_are_damped_until_they_can_be_inverted() -> None:
+    x = torch.outer(torch.linspace(1, 2, 500), torch.linspace(-3, 3, 64))
+    moments = Moments.nothing(64, x, gram=True)
+    moments.add(x)
+    moments.gram -= 1e-2 * torch.eye(64)  # as rounding may leave it
+    assert torch.linalg.eigvalsh(obs.damped(moments, centred=True)).min() > 0
+    exact = obs.damped(replace(moments, gram=torch.eye(64)), centred=False)
+    torch.testing.assert_close(exact, (1 + obs.RIDGE) * torch.eye(64, dtype=torch.float64))
 
 
 def test_grams_that_do_not_fit_take_passes_of_their_own(with_rows: Callable[..., Any]) -> None:

@@ -70,9 +70,8 @@ def test_a_text_encoder(workload: Any, tmp_path: Path, kind: str, kept: int, sch
     assert np.isfinite(answer).all()
 
 
-@pytest.mark.parametrize(("name", "kind", "kept"), [("llama", "kv", 2), ("gpt2", "head", 3), ("vit", "ffn", 5)])
-def test_other_families(name: str, kind: str, kept: int, tmp_path: Path) -> None:
-    _check(_built(name), kind, kept, tmp_path)
+def test_an_image_encoder(tmp_path: Path) -> None:
+    _check(_built("vit"), "ffn", 5, tmp_path)
 
 
 def test_graphs_that_differ_in_more_than_sizes_are_not_taken(workload: Any, tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Inputs: running moments of what linear layers are given on calibration rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...errors import UsageError
+from ...models.layers import GroupedLinear
+from ...models.structure import Site
+from ...models.workload import Progress, Workload
+from ..score.readers import Moments, Seen
+
+BATCH = 32
+
+
+def linear_layers(workload: Workload) -> list[str]:
+    """The paths of all linear layers in the blocks, whose work is nearly all that a transformer does; where there are
+    no blocks, of all."""
+    inside = tuple(f"{stack.path}." for stack in workload.structure.stacks) or ("",)
+    return [
+        name
+        for name, child in workload.module.named_modules()
+        if type(child) in {nn.Linear, GroupedLinear, Conv1D}
+        and name.startswith(inside)
+        and child.get_parameter("weight").numel()
+    ]
+
+
+def moments(
+    workload: Workload, names: Iterable[str], *, rows: int, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Moments]:
+    """Mean and Gram matrix of the inputs of each layer in ``names`` over ``rows`` calibration rows, padding left out.
+
+    Memory is one matrix [in, in] in float32 a layer. Raises UsageError where there are no rows.
+    """
+    sample = workload.data.calibration.take(rows, seed)
+    if not len(sample):
+        raise UsageError(f"What the layers of {workload.name} are given is not known without rows; give --data.")
+    seen, handles = Seen(), []
+    for name in names:
+        hook = _hook(seen, name, _site(workload, name))
+        handles.append(workload.module.get_submodule(name).register_forward_pre_hook(hook))
+    batches = -(-len(sample) // BATCH)
+    try:
+        with torch.no_grad():
+            for done, batch in enumerate(sample.batches(BATCH), 1):
+                seen.inputs = batch.inputs
+                workload.forward(batch.inputs)
+                if progress:
+                    progress(done, batches, "batches seen")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen.moments
+
+
+def _site(workload: Workload, name: str) -> Site:
+    """A site of the block that the layer is in, which says how its inputs lie."""
+    sites = (site for site in workload.structure.sites if site.block and name.startswith(f"{site.block}."))
+    return next(sites, Site("layer", 0, 1))
+
+
+def _hook(seen: Seen, name: str, site: Site) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = seen.tokens(name, site, args[0])
+        if name not in seen.moments:
+            seen.moments[name] = Moments.nothing(x.shape[1], x, gram=True)
+        seen.moments[name].add(x)
+
+    return hook
+
+
+def covariance(seen: Moments, *, centred: bool) -> Tensor:
+    """E[x xᵀ] in float64, about the mean where ``centred``: that part of an error which a bias cannot make up for."""
+    assert seen.gram is not None
+    gram, mean = seen.gram.double(), seen.mean.double()
+    return gram - torch.outer(mean, mean) if centred else gram

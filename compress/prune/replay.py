@@ -1,0 +1,118 @@
+"""Replay: a model's rows run up to one layer after another, without computing again the blocks that are done with.
+
+Of every batch what the furthest finished block of each stack has put out is kept. In the next pass that block returns
+it at once, and so do those before it, whose outputs nobody looks at. Layers visited in the order of the blocks then
+cost each block a few times, however deep the model is; from the start, the n-th would cost n blocks.
+
+Not every model can be replayed: a block may read what an earlier one has left in a cache, or a head may read states
+from midway. It is tried on the workload's example, one row, at every block: where the answer is not the same to the
+last bit, all passes run from the start. So do those of batches whose states are beyond the room of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.data import Batch
+from ...models.structure import Site, Structure
+from ...models.workload import Workload
+from ..score.ablation import recorded, skipped
+from ..score.readers import first
+
+
+class Replay:
+    """Batches of one workload, and what its finished blocks have made of each.
+
+    Weights may change between two passes, but only in the block last visited and in what runs after it.
+    """
+
+    def __init__(self, workload: Workload, batches: Sequence[Batch]) -> None:
+        self.workload, self.batches = workload, batches
+        self.possible = _is_possible(workload)
+        self.done: list[dict[str, Any]] = [{} for _ in batches]
+        """Of each batch what every finished block is to return, by path."""
+
+    def at(self, site: Site, number: int) -> list[tuple[Tensor, Tensor]]:
+        """Of batch ``number`` the input of the site's consumer and the residual sum after it, each [batch, sequence,
+        features]: once, or every time that a shared block runs."""
+        module, structure = self.workload.module, self.workload.structure
+        early, self.done[number] = self.done[number], {}
+        if site.block in early:  # the order of the visits is not that in which the blocks run
+            early = {}
+        with torch.no_grad(), skipped(module, early), recorded(module, structure) as made:
+            found = _seen(self.workload, site, self.batches[number].inputs)
+        made.pop(site.block, None)
+        done = _furthest(structure, made)
+        if self.possible and sum(map(_size, [*self.done, done])) <= self.workload.params:
+            self.done[number] = done
+        return found
+
+
+def _is_possible(workload: Workload) -> bool:
+    """Whether the answer to the example stays the same whichever blocks return what they did before."""
+    module, structure = workload.module, workload.structure
+    with torch.no_grad(), recorded(module, structure) as made:
+        wanted = workload.forward(workload.example)
+    order = list(made)
+    for last in range(1, len(order)):
+        early = _furthest(structure, {path: made[path] for path in order[:last]})
+        with torch.no_grad(), skipped(module, early):
+            if not torch.equal(workload.forward(workload.example), wanted):
+                return False
+    return True
+
+
+def _furthest(structure: Structure, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What each block of ``made``, in the order in which they ran, is to return: its stack's last output."""
+    stack_of = {f"{stack.path}.{place}": stack.path for stack in structure.stacks for place in range(stack.count)}
+    last = {stack_of[path]: output for path, output in made.items()}
+    return {path: last[stack_of[path]] for path in made}
+
+
+def _size(outputs: Mapping[str, Any]) -> int:
+    """The numbers in what blocks returned, each tensor counted once."""
+    found = {id(output): first(output).numel() for output in outputs.values()}
+    return sum(found.values())
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass once what it was run for has been seen
+    pass
+
+
+def _seen(workload: Workload, site: Site, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The consumer's input and the residual sum after it; the pass ends there, unless the block is shared."""
+    shared = any(stack.shared and site.layer in stack.layers for stack in workload.structure.stacks)
+    features: list[Tensor] = []
+    sums: list[Tensor] = []
+
+    def consumer_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        features.append(args[0])
+
+    def keep(stream: Tensor) -> None:
+        sums.append(stream)
+        if not shared:
+            raise _Enough
+
+    def next_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        keep(args[0])
+
+    def block_output(_: nn.Module, __: Any, output: Any) -> None:
+        keep(first(output))
+
+    handles = [workload.module.get_submodule(site.consumer).register_forward_pre_hook(consumer_input)]
+    if site.sum_at:
+        handles.append(workload.module.get_submodule(site.sum_at).register_forward_pre_hook(next_input))
+    else:
+        handles.append(workload.module.get_submodule(site.block).register_forward_hook(block_output))
+    try:
+        workload.forward(inputs)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(zip(features, sums, strict=True))

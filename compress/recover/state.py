@@ -1,0 +1,94 @@
+"""The state of a run between two steps, in memory and on disk: a killed run goes on as if it had not been.
+
+On disk it is one safetensors file: the trained weights and the optimizer's moments, and as JSON in its header the step,
+which is also the place in the rows, what the monitor knows, and the trace. It is replaced in one step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...errors import InputError, UsageError
+from ...models.checkpoint import read_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class State:
+    """``tensors`` on the CPU: ``weight.NAME``, and the moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; ``facts``
+    are plain data."""
+
+    tensors: dict[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+def taken(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of the trained ``weights`` and of what ``optimizer``, an AdamW, knows of them."""
+    found = {f"weight.{name}": copied(weight) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        known = optimizer.state.get(weight, {})
+        found |= {f"{moment}.{name}": copied(known[moment]) for moment in MOMENTS if moment in known}
+    return found
+
+
+def copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def lay_back(
+    tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, updates: int
+) -> None:
+    """Lay back what :func:`taken` took, after ``updates`` steps of the optimizer."""
+    optimizer.state.clear()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[f"weight.{name}"])
+            if f"{MOMENTS[0]}.{name}" in tensors:
+                moments = {moment: tensors[f"{moment}.{name}"].to(weight, copy=True) for moment in MOMENTS}
+                optimizer.state[weight] = {"step": torch.tensor(float(updates)), **moments}
+
+
+def write(state: State, path: Path) -> None:
+    """Write ``state``, in the place of the one before. Raises InputError where that cannot be."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state.tensors, temporary, metadata={"facts": json.dumps(dict(state.facts))})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {error}.") from error
+
+
+def read(path: Path, run: str, weights: Mapping[str, nn.Parameter]) -> State | None:
+    """The state at ``path``, None where there is none; ``run`` is the digest of all that the run depends on.
+
+    Raises UsageError where it is of another run, InputError where it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path} does not hold the state of a recovery: {error}.") from error
+    if not isinstance(facts, dict) or facts.get("run") != run:
+        raise UsageError(
+            f"{path} holds the state of another recovery, of another model or with other rows or options; delete it to "
+            f"start anew."
+        )
+    tensors = read_tensors(path)
+    for name, weight in weights.items():
+        if f"weight.{name}" not in tensors or tensors[f"weight.{name}"].shape != weight.shape:
+            raise InputError(f"{path} has no tensor 'weight.{name}' of shape {list(weight.shape)}.")
+    return State(tensors, facts)
