@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/edgepress compress zoo:minilm-reviews --target cpu --max-drop 1% -o runs/demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"

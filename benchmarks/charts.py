@@ -249,7 +249,7 @@ def heat_map(kind: str, counts: dict[int, int], gone: dict[int, set[int]], block
     scores span decades.
     """
     cells_a_row = min(48, max(counts.values()))
-    cell, row_height, left = (WIDTH - 90) / cells_a_row, 22, 84
+    cell, row_height, left = (WIDTH - 90) / cells_a_row, 22 if len(counts) > 1 else 40, 84
     ranks = _ranks(values) if values else None
     parts = []
     whole = kind == "hidden"  # of all layers at once, and in no block

@@ -150,6 +150,7 @@ def plain_table(header: Sequence[str], lines: Sequence[Sequence[Any]], *, title:
     from rich.text import Text
 
     table = Table(*header, header_style="bold")
+    table.columns[0].no_wrap = True  # what a line is about stays whole
     for line in lines:
         table.add_row(*(Text(str(cell)) for cell in line))
     console = terminal()

@@ -18,6 +18,13 @@ import pytest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
+LONGEST = ("test_readme.py", "test_package.py", "test_pipeline.py", "test_cli.py")
+"""Files that take longest. They come first, so that two workers, to whom files are given out whole, end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def reviews_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -98,7 +98,7 @@ def predict(
     scores: Tensor,
     *,
     rows: int = 256,
-    trial_rows: int = 64,
+    trial_rows: int = 32,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Predicted:
