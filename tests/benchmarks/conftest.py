@@ -1,4 +1,4 @@
-"""A real browser, for the pages that edgepress writes."""
+"""A real browser, for the pages that edgepress writes; and the peers, which are not shipped, as modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import edgepress.benchmarks
 import pytest
+
+edgepress.benchmarks.__path__.append(str(Path(__file__).parents[2] / "benchmarks"))  # an install may not have the peers
 
 
 @pytest.fixture(scope="session")
