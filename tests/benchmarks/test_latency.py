@@ -28,7 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8-dynamic"])
+@pytest.fixture(scope="module", params=["fp32", pytest.param("int8-dynamic", marks=pytest.mark.slow)])
 def table(request: pytest.FixtureRequest, workload: Any, cache: Path) -> LatencyTable:
     return latency.measure(workload, precision=request.param, **QUICK)
 

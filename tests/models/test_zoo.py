@@ -21,6 +21,7 @@ def test_splits_are_as_documented(minilm: Any) -> None:
     assert abs(float(np.mean(data.evaluation.labels)) - 0.5) < 0.01
 
 
+@pytest.mark.slow
 def test_the_head_has_learned(minilm: Any) -> None:
     import torch
 
