@@ -73,10 +73,3 @@ def _hook(seen: Seen, name: str, site: Site) -> Any:
         seen.moments[name].add(x)
 
     return hook
-
-
-def covariance(seen: Moments, *, centred: bool) -> Tensor:
-    """E[x xᵀ] in float64, about the mean where ``centred``: that part of an error which a bias cannot make up for."""
-    assert seen.gram is not None
-    gram, mean = seen.gram.double(), seen.mean.double()
-    return gram - torch.outer(mean, mean) if centred else gram

@@ -35,7 +35,7 @@ from ...models.layers import matrix
 from ...models.low_rank import LowRank, check, pays
 from ...models.workload import Progress, Workload
 from ..score.readers import Moments
-from .inputs import covariance, linear_layers, moments
+from .inputs import linear_layers, moments
 
 RIDGE = 1e-6
 """Added to C, in units of its mean diagonal: directions that the rows never take are ordered by the weights."""
@@ -77,7 +77,7 @@ def errors(
     for name in wanted:
         layer = module.get_submodule(name)
         weight = matrix(layer).detach().double()
-        lost = _directions(weight, covariance(seen[name], centred=layer.bias is not None))[1]
+        lost = _directions(weight, seen[name].covariance(centred=layer.bias is not None))[1]
         ranks = np.arange(1, pays(layer) + 1)
         tokens = sum(int(np.prod(given[:-1])) for given, _ in calls.get(name, []))
         sizes = np.append(ranks * sum(weight.shape), weight.numel())
@@ -169,7 +169,7 @@ def factorise(
 def fit(factored: LowRank, weight: Tensor, bias: Tensor | None, seen: Moments) -> None:
     """Give ``factored`` the weights and the bias with which it comes nearest to ``weight`` x + ``bias`` on inputs with
     the moments ``seen``; ``weight`` [out, in] and ``bias`` [out] are float64."""
-    basis = _directions(weight, covariance(seen, centred=bias is not None))[0][:, : factored.rank]
+    basis = _directions(weight, seen.covariance(centred=bias is not None))[0][:, : factored.rank]
     down = basis.T @ weight
     with torch.no_grad():
         factored.up.weight.copy_(basis)

@@ -136,7 +136,7 @@ def _reader(module: nn.Module, site: Site, cut: Cut, moments: Moments) -> _Reade
     layer: Any = module.get_submodule(cut.layer)
     own, owner = places(layer, site, cut), torch.tensor(site.parts)
     units = tuple(own[owner == unit].flatten().sort().values for unit in range(site.count))
-    h = damped(moments, centred=layer.bias is not None)
+    h = damped(moments.covariance(centred=layer.bias is not None))
     return _Reader(layer, h, moments.mean.double(), matrix(layer).detach().double(), units)
 
 
@@ -191,7 +191,7 @@ def _curve(trials: _Trials, site: Site, readers: Sequence[_Reader], order: Seque
 
 
 def _between(site: Site, counts: Sequence[int]) -> set[int]:
-    """Counts where the readers' errors are looked at too: four between two levels."""
+    """Counts where the readers' errors are looked at too: three between two levels."""
     ends = [*counts, site.count]
     return {low + (high - low) * part // 4 for low, high in pairwise(ends) for part in range(1, 4)}
 
@@ -232,12 +232,12 @@ class _Trials:
 def _holding(changed: Sequence[tuple[_Reader, Tensor]]) -> Iterator[None]:
     """Within the context readers have other weights, and the biases that keep the means of their outputs."""
     held = [(reader.layer, copy.deepcopy(reader.layer.state_dict())) for reader, _ in changed]
-    for reader, weight in changed:
-        layer: Any = reader.layer
-        if layer.bias is not None:
-            layer.bias += ((reader.weight - weight) @ reader.mean).to(layer.bias)
-        matrix(layer).copy_(weight)
     try:
+        for reader, weight in changed:
+            layer: Any = reader.layer
+            if layer.bias is not None:
+                layer.bias += ((reader.weight - weight) @ reader.mean).to(layer.bias)
+            matrix(layer).copy_(weight)
         yield
     finally:
         for layer, state in held:

@@ -32,8 +32,9 @@ from torch import Tensor
 from ...errors import UsageError
 from ...models.layers import matrix
 from ...models.workload import Progress, Workload
+from ..score.obs import damped
 from ..score.readers import Moments
-from .inputs import covariance, linear_layers, moments
+from .inputs import linear_layers, moments
 
 METHODS = ("obs", "wanda", "magnitude")
 BLOCK = 128
@@ -109,7 +110,7 @@ def _thin(layer: Any, pattern: Pattern, method: str, seen: Moments | None) -> No
     if seen is None:
         after = before * _kept(before, pattern)
     elif method == "obs":
-        after = obs(before, covariance(seen, centred=layer.bias is not None), pattern)
+        after = obs(before, seen.covariance(centred=layer.bias is not None), pattern)
     else:
         after = before * _kept(before * seen.square.double().sqrt(), pattern, rows=True)
     weight.copy_(after)
@@ -121,8 +122,7 @@ def obs(weight: Tensor, moment: Tensor, pattern: Pattern) -> Tensor:
     """``weight`` [out, in] with zeros after ``pattern``, the rest changed so that outputs on inputs with the second
     moment ``moment`` [in, in] change little; both float64."""
     columns = weight.shape[1]
-    ridge = RIDGE * moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + ridge * torch.eye(columns, dtype=moment.dtype)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, ridge=RIDGE)))
     factor = torch.linalg.cholesky(inverse, upper=True)
     diagonal = factor.diagonal()
     found, kept = weight.clone(), torch.ones_like(weight, dtype=torch.bool)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ...models.layers import matrix
 from .evidence import Evidence
-from .readers import Moments
 from .weights import places
 
 NEEDS = ("grams", "moves")
@@ -38,7 +37,7 @@ def score(evidence: Evidence, *, ridge: float = RIDGE) -> Tensor:
     for name, moments in evidence.grams():
         reader = module.get_submodule(name)
         weight = matrix(reader).detach().double()
-        h = damped(moments, centred=reader.bias is not None, ridge=ridge)
+        h = damped(moments.covariance(centred=reader.bias is not None), ridge=ridge)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
         for site, place in structure.slices():
             for cut in site.gates:
@@ -66,18 +65,13 @@ def errors(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     return (own * solved).sum(dim=(1, 2))
 
 
-def damped(moments: Moments, *, centred: bool, ridge: float = RIDGE) -> Tensor:
-    """H = mean x xᵀ + λ I in float64, of the inputs or of what they differ by from their mean.
+def damped(h: Tensor, *, ridge: float = RIDGE) -> Tensor:
+    """H + λ I in float64, where λ is ``ridge`` times H's mean diagonal.
 
-    λ grows tenfold until H is positive definite: sums in float32 of inputs that vary in few directions are not.
+    λ grows tenfold until that is positive definite: sums in float32 of inputs that vary in few directions are not.
     """
-    assert moments.gram is not None
-    gram = moments.gram.double()
-    if centred:
-        mean = moments.mean.double()
-        gram = gram - torch.outer(mean, mean)
-    weight = ridge * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    eye = torch.eye(len(gram), dtype=gram.dtype)
-    while torch.linalg.cholesky_ex(gram + weight * eye).info and torch.isfinite(weight):
+    weight = ridge * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny)
+    eye = torch.eye(len(h), dtype=h.dtype)
+    while torch.linalg.cholesky_ex(h + weight * eye).info and torch.isfinite(weight):
         weight = 10 * weight
-    return gram + weight * eye
+    return h + weight * eye

@@ -141,7 +141,7 @@ def _solve(module: Any, site: Any, gone: Any, moments: Any) -> None:
         layer = module.get_submodule(cut.layer)
         own, seen = places(layer, site, cut), moments[cut.layer]
         lost = own[torch.isin(owner, torch.tensor(gone))].flatten()
-        h = damped(seen, centred=layer.bias is not None)
+        h = damped(seen.covariance(centred=layer.bias is not None))
         kept = torch.tensor([c for c in range(len(h)) if c not in lost.tolist()], dtype=torch.int64)
         with torch.no_grad():
             weight = torch.zeros_like(matrix(layer))

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from edgepress.compress.prune.inputs import covariance, linear_layers, moments
+from edgepress.compress.prune.inputs import linear_layers, moments
 from edgepress.compress.prune.low_rank import allocate, errors, factorise
 from edgepress.compress.prune.reconstruct import reconstruct
 from edgepress.errors import InputError, UsageError
@@ -82,7 +82,7 @@ def test_it_beats_the_svd_of_the_weights(workload: Any) -> None:
     layer = workload.module.get_submodule(name)
     small = factorise(workload, {name: 12}).module.get_submodule(name)
     u, s, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
-    moment = covariance(moments(workload, [name], rows=128)[name], centred=True)
+    moment = moments(workload, [name], rows=128)[name].covariance(centred=True)
     plain, ours = (layer.weight - m for m in (u[:, :12] * s[:12] @ v[:12], small.weight))
     ours, plain = (torch.trace(d.double() @ moment @ d.double().T) for d in (ours, plain))
     assert ours < 0.9 * plain

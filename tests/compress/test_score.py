@@ -338,8 +338,8 @@ def test_inputs_that_vary_in_few_directions_are_damped_until_they_can_be_inverte
     moments = Moments.nothing(64, x, gram=True)
     moments.add(x)
     moments.gram -= 1e-2 * torch.eye(64)  # as rounding may leave it
-    assert torch.linalg.eigvalsh(obs.damped(moments, centred=True)).min() > 0
-    exact = obs.damped(replace(moments, gram=torch.eye(64)), centred=False)
+    assert torch.linalg.eigvalsh(obs.damped(moments.covariance(centred=True))).min() > 0
+    exact = obs.damped(replace(moments, gram=torch.eye(64)).covariance(centred=False))
     torch.testing.assert_close(exact, (1 + obs.RIDGE) * torch.eye(64, dtype=torch.float64))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from edgepress.compress.prune.inputs import covariance, linear_layers, moments
+from edgepress.compress.prune.inputs import linear_layers, moments
 from edgepress.compress.prune.sparsity import METHODS, Pattern, follows, obs, sparsify, zeros
 from edgepress.errors import UsageError
 from edgepress.models import checkpoint, low_rank, surgery
@@ -92,7 +92,7 @@ def test_what_knows_the_inputs_changes_the_outputs_less(workload: Any) -> None:
             float(
                 _change(
                     (matrix(workload.module.get_submodule(n)) - matrix(thin.module.get_submodule(n))).detach().double(),
-                    covariance(seen[n], centred=True),
+                    seen[n].covariance(centred=True),
                 ).sum()
             )
             for n in linear_layers(workload)
