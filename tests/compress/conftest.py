@@ -127,3 +127,17 @@ def with_rows() -> Callable[[str], Any]:
 def any_model(request: pytest.FixtureRequest) -> str:
     """The name of each model of tests/models/conftest.py in turn."""
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def output_error() -> Callable[[Any, Any], float]:
+    """The squared difference of two workloads' outputs, summed over the first one's calibration rows."""
+
+    def error(workload: Any, changed: Any) -> float:
+        total = 0.0
+        with torch.inference_mode():
+            for batch in workload.data.calibration.batches(32):
+                total += float((workload.forward(batch.inputs) - changed.forward(batch.inputs)).square().sum())
+        return total
+
+    return error

@@ -31,12 +31,6 @@ def _from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "_is_possible", lambda _: False)
 
 
-def _error(workload: Any, changed: Any) -> float:
-    with torch.no_grad():
-        batches = list(workload.data.calibration.batches(32))
-        return sum(float((workload.forward(b.inputs) - changed.forward(b.inputs)).square().sum()) for b in batches)
-
-
 def _same(one: Replay, other: Replay, sites: Any) -> Iterator[bool]:
     for site in sites:
         for number in range(len(one.batches)):
@@ -63,37 +57,39 @@ def test_every_layer_sees_what_it_sees_from_the_start(
 
 
 def test_solutions_are_those_from_the_start_and_mend_what_was_cut(
-    any_model: str, with_rows: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    any_model: str, with_rows: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, output_error: Any
 ) -> None:
     torch.manual_seed(0)
     workload = with_rows(any_model)
     pruned = _cut(workload)
     solved = reconstruct(workload, pruned)
     shared = any(stack.shared for stack in workload.structure.stacks)
-    assert shared or _error(workload, solved) < _error(workload, pruned)
+    assert shared or output_error(workload, solved) < output_error(workload, pruned)
     _from_the_start(monkeypatch)
     wanted = reconstruct(workload, pruned).module.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in solved.module.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["albert", "albert, two groups"])
-def test_shared_blocks_are_solved_for_all_of_their_runs(name: str, with_rows: Callable[[str], Any]) -> None:
+def test_shared_blocks_are_solved_for_all_of_their_runs(
+    name: str, with_rows: Callable[[str], Any], output_error: Any
+) -> None:
     """What a run changes comes back in the next, so that not every model gains: most do, and much."""
     left = []
     for seed in range(7):
         torch.manual_seed(seed)
         workload = with_rows(name)
         pruned = _cut(workload)
-        left.append(_error(workload, reconstruct(workload, pruned)) / _error(workload, pruned))
+        left.append(output_error(workload, reconstruct(workload, pruned)) / output_error(workload, pruned))
     assert sorted(left)[3] < 0.75
 
 
-def test_rows_and_positions_may_lie_the_other_way_round(with_rows: Callable[..., Any]) -> None:
+def test_rows_and_positions_may_lie_the_other_way_round(with_rows: Callable[..., Any], output_error: Any) -> None:
     for rows in (9, 10):  # as many as there are positions, and not
         torch.manual_seed(0)
         workload = with_rows("sequence first", rows)
         pruned = _cut(workload)
-        assert _error(workload, reconstruct(workload, pruned)) < 0.5 * _error(workload, pruned)
+        assert output_error(workload, reconstruct(workload, pruned)) < 0.5 * output_error(workload, pruned)
 
 
 def test_each_block_runs_a_few_times_however_many_follow(workload: Any) -> None:

@@ -32,14 +32,6 @@ from edgepress.plan import PruningPlan, Unit
 COLUMNS = ("--columns", "text=review,label=stars")
 
 
-def _error(workload: Any, changed: Any) -> float:
-    total = 0.0
-    with torch.inference_mode():
-        for batch in workload.data.calibration.batches(32):
-            total += float((workload.forward(batch.inputs) - changed.forward(batch.inputs)).square().sum())
-    return total
-
-
 def _equal(first: Any, second: Any) -> bool:
     ours, theirs = first.module.state_dict(), second.module.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -54,9 +46,9 @@ def pruned(workload: Any) -> Any:
     return ep.prune(workload, ep.score(workload, "random"), ratio=0.6)
 
 
-def test_distillation_brings_outputs_closer_and_is_deterministic(workload: Any, pruned: Any) -> None:
+def test_distillation_brings_outputs_closer_and_is_deterministic(workload: Any, pruned: Any, output_error: Any) -> None:
     first, second = (ep.recover(pruned, workload, steps=30, batch=16, lr=1e-3) for _ in range(2))
-    assert _error(workload, first.workload) < 0.85 * _error(workload, pruned)
+    assert output_error(workload, first.workload) < 0.85 * output_error(workload, pruned)
     assert [entry["step"] for entry in first.trace] == list(range(1, 31))
     assert _equal(first.workload, second.workload)
     assert first.layers == ("outside the blocks", *(f"bert.encoder.layer.{i}" for i in range(3)))
@@ -155,13 +147,13 @@ def net(with_rows: Any) -> tuple[Any, Any]:
     return whole, surgery.prune(whole, by_ratio(whole.structure, torch.zeros(whole.structure.num_units), 0.5))
 
 
-def test_a_row_that_is_not_finite_is_survived(net: tuple[Any, Any]) -> None:
+def test_a_row_that_is_not_finite_is_survived(net: tuple[Any, Any], output_error: Any) -> None:
     whole, half = net
     poisoned = _with_nan(whole, 1 / 240)
     recovered = recover(half, poisoned, steps=60, batch=16, lr=3e-3)
     assert set(_events(recovered)) == {("not finite", "skipped")}
     assert all(torch.isfinite(parameter).all() for parameter in recovered.workload.module.parameters())
-    assert _error(whole, recovered.workload) < 0.7 * _error(whole, half)
+    assert output_error(whole, recovered.workload) < 0.7 * output_error(whole, half)
     assert "not finite, the loss: skipped" in charts.training(recovered.trace), "the report tells"
     assert charts.norms(recovered.layers, recovered.trace).count("<rect") == 48 * len(recovered.layers)
 
@@ -184,11 +176,11 @@ def test_a_pruned_model_that_is_not_finite_is_refused(workload: Any, pruned: Any
 
 
 @pytest.mark.parametrize("lr", [0.3, 10.0])
-def test_a_rate_that_explodes_is_survived(workload: Any, pruned: Any, lr: float) -> None:
+def test_a_rate_that_explodes_is_survived(workload: Any, pruned: Any, lr: float, output_error: Any) -> None:
     recovered = recover(pruned, workload, steps=60, batch=16, lr=lr)
     assert ("diverging", "went back") in _events(recovered)
     assert recovered.trace[-1]["lr"] < 1e-2 * lr
-    assert _error(workload, recovered.workload) < 0.9 * _error(workload, pruned)
+    assert output_error(workload, recovered.workload) < 0.9 * output_error(workload, pruned)
 
 
 def test_what_the_monitor_sees() -> None:
@@ -317,10 +309,10 @@ def test_two_processes_train_as_one_and_one_of_them_writes(
 # ---- adapters, precision, held-out rows, rounds
 
 
-def test_adapters_alone_are_trained_and_merged(workload: Any, pruned: Any, tmp_path: Path) -> None:
+def test_adapters_alone_are_trained_and_merged(workload: Any, pruned: Any, tmp_path: Path, output_error: Any) -> None:
     path = tmp_path / "state.safetensors"
     recovered = recover(pruned, workload, steps=40, batch=16, lr=5e-3, rank=4, checkpoint=path)
-    assert _error(workload, recovered.workload) < 0.9 * _error(workload, pruned)
+    assert output_error(workload, recovered.workload) < 0.9 * output_error(workload, pruned)
     held = read_tensors(path)
     assert all(name.endswith(("weight.0.a", "weight.0.b")) for name in held)
     assert sum(tensor.numel() for tensor in held.values()) < 0.5 * 3 * pruned.params
