@@ -469,10 +469,8 @@ def _fit(
     workload: Workload, found: Scores, screen: Screen, where: tuple[str, int, int | None, str], wanted: float, seed: int
 ) -> Fitted:
     """The plan that makes ``workload`` ``wanted`` times faster; ``where`` is target, batch, sequence and precision."""
-    import tempfile
-
     from .benchmarks import latency, speed
-    from .compress.prune import budget, predicted
+    from .compress.prune.predicted import predict
 
     target, batch, seq, precision = where
     table = latency.measure(
@@ -483,23 +481,8 @@ def _fit(
         precision=precision,
         progress=screen.progress("latency"),
     )
-    if len(workload.data.calibration):
-        told = predicted.predict(workload, found.values, seed=seed, progress=screen.progress("losses"))
-        losses, order = told.losses, told.orders
-    else:  # a score from the weights alone needs no rows, and neither does its sum
-        losses = budget.sums(workload.structure, found.values)
-        order = budget.orders(workload.structure, found.values)
-    with tempfile.TemporaryDirectory() as folder:
-        return speed.fit(
-            workload,
-            table,
-            losses,
-            order,
-            speedup=wanted,
-            folder=Path(folder),
-            say=screen.say,
-            progress=screen.progress("allocate"),
-        )
+    told = predict(workload, found.values, seed=seed, progress=screen.progress("losses"))
+    return speed.fit(workload, table, told, speedup=wanted, say=screen.say, progress=screen.progress("allocate"))
 
 
 def _without_units(

@@ -22,13 +22,15 @@ import numpy as np
 import torch
 
 from . import __version__
-from .benchmarks import compare, environment, load, targets
+from .benchmarks import compare, environment, latency, load, speed, targets
 from .benchmarks.measurement import Measurement
 from .benchmarks.report import write_report
 from .benchmarks.targets import Target
 from .compress import quantize as quantizers
 from .compress import score as scorers
+from .compress.prune import predicted
 from .compress.prune.allocate import by_ratio
+from .compress.prune.budget import choices
 from .compress.prune.reconstruct import reconstruct
 from .compress.recover import recover
 from .errors import EdgepressError, InputError, UsageError
@@ -46,6 +48,12 @@ from .recipe import Level, Recipe
 
 QUICK_QUERIES, QUICK_SECONDS = 200, 4.0
 """How long the comparison that a gate looks at may take; the final one follows the recipe."""
+
+SPEEDS = (3.0, 2.0, 1.5)
+"""What pruning is asked to gain, in turn, where the constraint asks for no speed."""
+
+MARGINS = (1.02, 1.1, 1.25)
+"""And where it does, beyond what is wanting: a speed can turn out a little less when it is measured again."""
 
 
 class Display(Protocol):
@@ -160,6 +168,9 @@ class _Run:
         self.refused: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.trace: dict[str, Any] = {}
+        self.scores: scorers.Scores | None = None
+        self.losses: predicted.Predicted | None = None
+        self.speed: dict[str, Any] | None = None
         self.root = workload.fingerprint()
 
     # ---- stages
@@ -280,16 +291,39 @@ class _Run:
         whole = self._quantized("int8", "int8 only", self.workload, original, original)
         if whole:
             variants.append(whole)
-        if self.recipe.levels and self.workload.structure.num_units:
-            scores = self._scores()
-            order = self.recipe.levels[::-1] if self.constraint.asks_for_speed else self.recipe.levels
-            levels = [level for level in order if level.shares(self.workload.structure.kinds)]
-            for number, level in enumerate(levels, 1):
-                found = self._level(number, level, scores, original)
-                variants += found
-                if found and self._meets(original, found[-1]):
-                    break
+        self.precision = whole.artifact.precision if whole else "fp32"
+        for number, level in enumerate(self._levels(original, variants[-1]), 1):
+            found = self._level(number, level, original)
+            variants += found
+            if found and self._meets(original, found[-1]):
+                break
+            if not found and self.constraint.asks_for_speed:
+                break  # the next would be faster still, and lose more
         return variants
+
+    def _levels(self, original: Variant, best: Variant) -> list[Level]:
+        """The levels to try, in turn: the recipe's, else such as meet the constraint.
+
+        Where a speed is asked for they gain what ``best``, which is not pruned, leaves wanting; the first gains half of
+        it (of the factor's logarithm), so that there is something to show where the whole costs too much.
+        """
+        given, limits, structure = self.recipe.levels, self.constraint, self.workload.structure
+
+        def fitting(_: Path, progress: Progress) -> dict[str, Any]:
+            first, second = self._quick([original.artifact, best.artifact], progress)
+            by_ratio = (limits.min_speedup or 0) * second.p50 / first.p50
+            wanting = max(by_ratio, second.p50 / (limits.max_latency_ms or np.inf))
+            return {"speedups": [wanting**0.5, *(wanting * more for more in MARGINS)] if wanting > 1 else []}
+
+        if given is None and limits.asks_for_speed:
+            depends = {"original": original.key, "best": best.key, "limits": self.recipe.limits.model_dump()}
+            _, _, result = self.stage("levels", depends, fitting)
+            given = tuple(Level(speedup=one) for one in result["speedups"])
+        elif given is None:
+            given = tuple(Level(speedup=one) for one in SPEEDS)
+        elif limits.asks_for_speed:
+            given = given[::-1]
+        return [level for level in given if (choices(structure) if level.speedup else level.shares(structure.kinds))]
 
     def _meets(self, original: Variant, last: Variant) -> bool:
         limits = self.constraint
@@ -317,26 +351,63 @@ class _Run:
             np.save(place / "scores.npy", scores.values.numpy(), allow_pickle=False)
             return {}
 
-        _, folder, _ = self.stage("score", options.model_dump(), make)
-        values = torch.from_numpy(np.load(folder / "scores.npy", allow_pickle=False))
-        self.scores = scorers.Scores(options.method, self.workload.structure, values)
+        if self.scores is None:
+            _, folder, _ = self.stage("score", options.model_dump(), make)
+            values = torch.from_numpy(np.load(folder / "scores.npy", allow_pickle=False))
+            self.scores = scorers.Scores(options.method, self.workload.structure, values)
         return self.scores
 
-    def _level(self, number: int, level: Level, scores: scorers.Scores, original: Variant) -> list[Variant]:
+    def _losses(self) -> predicted.Predicted:
+        values, structure = self._scores().values, self.workload.structure
+
+        def make(place: Path, progress: Progress) -> dict[str, Any]:
+            told = predicted.predict(self.workload, values, seed=self.recipe.seed, progress=progress)
+            told.save(place / "losses.npz")
+            return {}
+
+        if self.losses is None:
+            _, folder, _ = self.stage("losses", self.recipe.score.model_dump(), make)
+            self.losses = predicted.read(folder / "losses.npz", structure)
+        return self.losses
+
+    def _fitted(self, wanted: float, progress: Progress) -> speed.Fitted:
+        """The plan that loses least at a speed, in the precision that is deployed."""
+        measure = self.recipe.measure
+        table = latency.measure(
+            self.workload,
+            target=self.target,
+            batch=measure.batch,
+            sequence=measure.sequence,
+            precision=self.precision,
+            progress=progress,
+        )
+        return speed.fit(self.workload, table, self._losses(), speedup=wanted, say=self.show.say, progress=progress)
+
+    def _level(self, number: int, level: Level, original: Variant) -> list[Variant]:
         """Prune, recover, export and quantize at one level; what the gate keeps of it."""
-        options = self.recipe.recover
-        shares = level.shares(self.workload.structure.kinds)
-        facts = {"level": shares, "score": self.recipe.score.model_dump()}
-        self.show.say(f"level {number}: pruned {', '.join(f'{kind} -{share:.0%}' for kind, share in shares.items())}")
+        options, wanted = self.recipe.recover, level.speedup
+        scores, shares = self._scores(), level.shares(self.workload.structure.kinds)
+        facts: dict[str, Any] = {"level": shares, "score": self.recipe.score.model_dump()}
+        if wanted:
+            where = {"target": self.target, "precision": self.precision, "measure": self.recipe.measure.model_dump()}
+            facts |= {"level": {"speedup": wanted}, "where": where}
+            self._losses()
+            self.show.say(f"level {number}: pruned to {wanted:.2f}x in {self.precision}")
+        else:
+            gone = ", ".join(f"{kind} -{share:.0%}" for kind, share in shares.items())
+            self.show.say(f"level {number}: pruned {gone}")
 
         def cut(place: Path, progress: Progress) -> dict[str, Any]:
-            pruned = surgery.prune(self.workload, by_ratio(self.workload.structure, scores.values, shares))
+            fitted = self._fitted(wanted, progress) if wanted else None
+            plan = fitted.plan if fitted else by_ratio(self.workload.structure, scores.values, shares)
+            pruned = surgery.prune(self.workload, plan)
             if options.reconstruct:
                 pruned = reconstruct(self.workload, pruned, seed=self.recipe.seed, progress=progress)
             checkpoint.save(pruned, place / "checkpoint")
-            return {}
+            return {"speed": fitted.to_json() if fitted else None}
 
-        _, folder, _ = self.stage(f"prune-{number}", {**facts, "reconstruct": options.reconstruct}, cut)
+        _, folder, result = self.stage(f"prune-{number}", {**facts, "reconstruct": options.reconstruct}, cut)
+        fitted_speed = result["speed"]
         pruned = self._read(folder / "checkpoint")
         facts["recover"] = options.model_dump()
         if options.steps:
@@ -363,7 +434,7 @@ class _Run:
         small = self._artifact(name, f"pruned {number} fp32", pruned, plan, facts, original)
         if not self.judge(name, original, small):
             return []
-        self.checkpoint, self.plan = folder / "checkpoint", pruned.plan
+        self.checkpoint, self.plan, self.speed = folder / "checkpoint", pruned.plan, fitted_speed
         title = f"pruned {number} int8"
         quantized = self._quantized(f"quantize-{number}", title, pruned, small, small)
         return [small, quantized] if quantized else [small]
@@ -423,7 +494,7 @@ class _Run:
             doubts += [f"{item.name}: {sign}" for sign in environment.unsteady(item.samples)]
         plan = getattr(self, "plan", None)
         pruned = outcome.chosen is not None and plan is not None and outcome.chosen.startswith("pruned")
-        scores = getattr(self, "scores", None)
+        scores = self.scores
         return {
             "name": self.workload.name,
             "origin": self.workload.origin,
@@ -437,6 +508,7 @@ class _Run:
             "scores": {"method": scores.method, "values": {k: scores.of(k) for k in structure.kinds}}
             if scores
             else None,
+            "speed": self.speed if pruned else None,
             "trace": self.trace,
             "data": {
                 "train": len(data.train),

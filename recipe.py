@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .compress.recover import Precision
 from .compress.recover.losses import DEFAULT, Term
@@ -48,7 +48,10 @@ class Score(_Strict):
 
 
 class Level(_Strict):
-    """How much of each kind of unit goes."""
+    """How much of each kind of unit goes, or how much faster what is left is to be."""
+
+    speedup: float | None = Field(default=None, gt=1)
+    """Against the original in the precision that is deployed, as measured; which units go is found by latency."""
 
     head: float = Field(default=0.0, ge=0, lt=1)
     kv: float = Field(default=0.0, ge=0, lt=1)
@@ -58,9 +61,15 @@ class Level(_Strict):
     channel: float = Field(default=0.0, ge=0, lt=1)
     hidden: float = Field(default=0.0, ge=0, lt=1)
 
+    @model_validator(mode="after")
+    def _of_one_sort(self) -> Level:
+        if self.speedup and len(self.model_dump(exclude_defaults=True)) > 1:
+            raise ValueError("a level is a speedup or shares of units, not both")
+        return self
+
     def shares(self, kinds: Sequence[str]) -> dict[str, float]:
         """What goes of the kinds that a model has; where heads are grouped, groups take the place of heads."""
-        shares = {kind: share for kind, share in self.model_dump().items() if share > 0}
+        shares = {kind: share for kind, share in self.model_dump(exclude={"speedup"}).items() if share > 0}
         if "kv" in kinds and "head" in shares and "kv" not in shares:
             shares["kv"] = shares.pop("head")
         return {kind: share for kind, share in shares.items() if kind in kinds}
@@ -98,16 +107,8 @@ class Measure(_Strict):
     min_seconds: float = Field(default=10.0, ge=0)
 
 
-LADDER = tuple(
-    Level(head=share, cross_head=share, ffn=share, channel=share, block=blocks)
-    for share, blocks in ((0.5, 1 / 3), (0.5, 0.0), (0.25, 0.0))
-)
-"""The levels that are tried where none are given."""
-
-
 class Recipe(_Strict):
-    """One compression run. ``levels`` are tried until one meets the constraint: the strongest first, or, where a speed
-    is asked for, the gentlest first."""
+    """One compression run."""
 
     model: str
     data: str | None = None
@@ -120,7 +121,9 @@ class Recipe(_Strict):
     trust_remote_code: bool = False
     limits: Limits = Limits()
     score: Score = Score()
-    levels: tuple[Level, ...] = LADDER
+    levels: tuple[Level, ...] | None = None
+    """Tried until one meets the constraint: the strongest first, or, where a speed is asked for, the gentlest first.
+    None leaves them to the constraint, see :func:`.pipeline.levels`."""
     recover: Recover = Recover()
     quantize: Quantize | None = Quantize()
     measure: Measure = Measure()

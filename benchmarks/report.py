@@ -156,7 +156,7 @@ def _removed(summary: Row) -> str:
         return "<p>No units were removed.</p>"
     blocks = {int(layer) for layer in removed.get("block", {})}
     scores = summary["scores"] or {"method": "no", "values": {}}
-    parts = []
+    parts = [_fitted(summary["speed"])] if summary.get("speed") else []
     if blocks:
         parts.append(f"<p>Whole blocks removed: {', '.join(str(layer) for layer in sorted(blocks))}.</p>")
     for kind, title in KINDS.items():
@@ -169,6 +169,16 @@ def _removed(summary: Row) -> str:
         f"Darker is more important (rank of the {escape(scores['method'])} score); crossed out or cut away is removed."
     )
     return "".join(parts) + f'<p class="note">{legend}</p>'
+
+
+def _fitted(speed: Row) -> str:
+    """How near the latency table came to what was measured."""
+    ratio = speed["speedup"]
+    return (
+        f"<p>Fitted to {speed['wanted']:.3g}x in {escape(speed['precision'])}: the latency table predicted "
+        f"{speed['predicted_speedup']:.2f}x, and {ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}] was "
+        f"measured, against the unpruned model in the same precision.</p>"
+    )
 
 
 def _gate(summary: Row) -> str:

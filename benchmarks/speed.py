@@ -6,27 +6,32 @@ end, through the exported file and interleaved with the original in the same pre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..compress import quantize as quantizers
-from ..compress.prune.budget import Series, by_latency, reachable
+from ..compress.prune.budget import by_latency, reachable
+from ..compress.prune.predicted import Predicted
 from ..errors import ConstraintError
 from ..export.artifact import Artifact
 from ..export.backends import onnx
 from ..models import surgery
-from ..models.structure import Site
 from ..models.workload import Progress, Workload
 from ..plan import PruningPlan, QuantizationPlan
 from . import compare, load
 from .compare import Speedup
 from .latency import LatencyTable
 
-ROUNDS = 3
+ROUNDS = 6
 SPARE = 1.03
 """Speed beyond what was asked for that is not worth another round."""
+SHORTER = 0.01
+"""By how much at least the budget of a plan that was too slow is cut, doubled each time.
+
+The measured correction alone can creep up to the speed from below and never pass it, where only noise is left."""
 
 
 @dataclass(frozen=True)
@@ -70,52 +75,57 @@ class Fitted:
 def fit(
     workload: Workload,
     table: LatencyTable,
-    losses: Series,
-    order: Mapping[Site, Sequence[int]],
+    told: Predicted,
     *,
     speedup: float,
-    folder: Path,
     say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
-    """The plan that loses least of those that make ``workload`` ``speedup`` times faster, by measurement.
+    """The plan that loses least, as ``told``, of those that make ``workload`` ``speedup`` times faster, by measurement.
 
-    ``losses`` and ``order`` are as for :func:`.by_latency`; artifacts are written to ``folder``. At most ``ROUNDS``
-    plans are measured: after each the budget is corrected by the ratio of the speed found to that wanted. A speed that
-    cannot be met gives the fastest plan that was found; see ``check``.
+    At most ``ROUNDS`` plans are measured: after each the budget is corrected by the ratio of the speed found to that
+    wanted, and where that was too slow by ``SHORTER`` and its doubles at least. A speed that cannot be met gives the
+    fastest plan that was found; see ``check``.
     """
     structure = workload.structure
     costs = table.costs(structure)
-    least = reachable(structure, losses, costs)
-    original = _artifact(workload, table, folder / "original")
-    budget = table.total_ms / speedup
+    least = reachable(structure, told.losses, costs)
+    budget, shorter = table.total_ms / speedup, SHORTER
     rounds: list[tuple[Round, PruningPlan]] = []
-    for number in range(1, ROUNDS + 1):
-        budget = max(budget, least)
-        plan = by_latency(structure, losses, costs, budget, order=order)
-        if plan in [earlier for _, earlier in rounds]:
-            break
-        predicted = costs.total(structure, plan)
-        if progress:
-            progress(number - 1, ROUNDS, "exporting")
-        pruned = _artifact(surgery.prune(workload, plan), table, folder / f"pruned{number}")
-        first, second = load.benchmark(
-            [original, pruned],
-            target=table.target,
-            batch=table.batch,
-            sequence=table.sequence,
-            min_queries=300,
-            min_seconds=4.0,
-            memory=False,
-        )
-        found = compare.speedup(first, second)
-        one = Round(budget, predicted, table.total_ms / predicted, first.p50, second.p50, found)
-        rounds.append((one, plan))
-        if say:
-            say(f"plan {number}: {one.predicted_speedup:.2f}x predicted, {found.value:.2f}x measured")
-        if speedup <= found.value <= SPARE * speedup or (found.value < speedup and budget == least):
-            break
-        budget *= found.value / speedup
+    with tempfile.TemporaryDirectory() as folder:
+        original = _artifact(workload, table, Path(folder) / "original")
+        for number in range(1, ROUNDS + 1):
+            budget = max(budget, least)
+            plan = by_latency(structure, told.losses, costs, budget, order=told.orders)
+            if plan in [earlier for _, earlier in rounds]:
+                if rounds[-1][0].speedup.value >= speedup or budget == least:
+                    break
+                budget, shorter = budget * (1 - shorter), 2 * shorter
+                continue
+            predicted = costs.total(structure, plan)
+            if progress:
+                progress(number - 1, ROUNDS, "exporting")
+            pruned = _artifact(surgery.prune(workload, plan), table, Path(folder) / f"pruned{number}")
+            first, second = load.benchmark(
+                [original, pruned],
+                target=table.target,
+                batch=table.batch,
+                sequence=table.sequence,
+                min_queries=300,
+                min_seconds=4.0,
+                memory=False,
+            )
+            found = compare.speedup(first, second)
+            one = Round(budget, predicted, table.total_ms / predicted, first.p50, second.p50, found)
+            rounds.append((one, plan))
+            if say:
+                say(f"plan {number}: {one.predicted_speedup:.2f}x predicted, {found.value:.2f}x measured")
+            if speedup <= found.value <= SPARE * speedup or (found.value < speedup and budget == least):
+                break
+            step = found.value / speedup
+            if step < 1:
+                step, shorter = min(step, 1 - shorter), 2 * shorter
+            budget *= step
     enough = [pair for pair in rounds if pair[0].speedup.value >= speedup]
     chosen = min(enough or rounds, key=lambda pair: pair[0].speedup.value * (1 if enough else -1))
     return Fitted(chosen[1], chosen[0], tuple(one for one, _ in rounds), speedup, table)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,25 @@ def edgepress() -> Run:
 
     def run(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "edgepress", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, **options)
+        return subprocess.run(command, capture_output=True, text=True, check=False, **{"timeout": 500, **options})
+
+    return run
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The same within this process, where torch is loaded already: for the many ways of wrong use."""
+    from edgepress.cli import main
+
+    def run(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        words = ["edgepress", *map(str, args)]
+        out, err = io.StringIO(), io.StringIO()
+        monkeypatch.setattr(sys, "argv", words)
+        if cwd:
+            monkeypatch.chdir(cwd)
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main()
+        return subprocess.CompletedProcess(words, int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
     return run
 

@@ -190,12 +190,12 @@ def _without_a_layer(folder: Path) -> None:
     ],
 )
 def test_bad_models(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, damage: Any, message: str
+    here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, damage: Any, message: str
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     damage(folder)
-    done = edgepress("compress", folder, "--data", reviews_csv, *COLUMNS, "-o", tmp_path / "run")
+    done = here("compress", folder, "--data", reviews_csv, *COLUMNS, "-o", tmp_path / "run")
     refused(done, message)
     assert not (tmp_path / "run/artifact").exists()
 
@@ -214,14 +214,14 @@ def test_bad_models(
         ("review,stars\na,0\nb,1\n", "text=review,label=stars", "at least 20"),
     ],
 )
-def test_bad_rows(edgepress: Any, model_folder: Path, tmp_path: Path, content: str, columns: str, message: str) -> None:
+def test_bad_rows(here: Any, model_folder: Path, tmp_path: Path, content: str, columns: str, message: str) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(content)
-    refused(edgepress("score", model_folder, "--data", path, "--columns", columns, "--json"), message)
+    refused(here("score", model_folder, "--data", path, "--columns", columns, "--json"), message)
 
 
 def test_labels_the_wrong_way_round(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
+    here: Any, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
 ) -> None:
     import pandas as pd
 
@@ -229,7 +229,7 @@ def test_labels_the_wrong_way_round(
     frame["stars"] = frame["stars"].map({"0": "1", "1": "0"})
     frame.to_csv(tmp_path / "wrong.csv", index=False)
     args = ("--data", tmp_path / "wrong.csv", *COLUMNS, "--recipe", small_recipe, "-o", tmp_path / "run")
-    refused(edgepress("compress", model_folder, *args), "labels of the rows do not match")
+    refused(here("compress", model_folder, *args), "labels of the rows do not match")
 
 
 @pytest.mark.parametrize(
@@ -268,21 +268,21 @@ def test_labels_the_wrong_way_round(
         (["report", "."], "not a finished run"),
     ],
 )
-def test_bad_use(edgepress: Any, tmp_path: Path, args: list[str], message: str) -> None:
-    refused(edgepress(*args, cwd=tmp_path), message)
+def test_bad_use(here: Any, tmp_path: Path, args: list[str], message: str) -> None:
+    refused(here(*args, cwd=tmp_path), message)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_other_files_is_not_taken_for_a_run(edgepress: Any, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_taken_for_a_run(here: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    refused(edgepress("compress", "zoo:minilm-reviews", "-o", tmp_path), "holds other files")
+    refused(here("compress", "zoo:minilm-reviews", "-o", tmp_path), "holds other files")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_all_faults_of_a_recipe_at_once(edgepress: Any, tmp_path: Path) -> None:
+def test_all_faults_of_a_recipe_at_once(here: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("model: zoo:minilm-reviews\nlevels: [{head: 2}]\nrecover: {steps: -1}\ncolour: red\n")
-    done = edgepress("compress", "--recipe", path, "-o", tmp_path / "run")
+    done = here("compress", "--recipe", path, "-o", tmp_path / "run")
     refused(done, "levels.0.head")
     assert "recover.steps" in done.stderr
     assert "colour" in done.stderr

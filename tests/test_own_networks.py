@@ -178,7 +178,7 @@ def test_numbers_and_no_labels(place: Path, monkeypatch: pytest.MonkeyPatch, tmp
 def test_compress_from_the_command_line(edgepress: Any, place: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "limits: {max_drop: 60}\nlevels: [{channel: 0.5}]\nrecover: {steps: 5}\n"
+        "limits: {max_drop: 60}\nlevels: [{speedup: 1.2}]\nrecover: {steps: 5}\n"
         "measure: {min_queries: 100, min_seconds: 1}\n"
     )
     model, data = "own_networks:cnn", place / "images.npz"
@@ -187,6 +187,9 @@ def test_compress_from_the_command_line(edgepress: Any, place: Path, tmp_path: P
     outcome = json.loads(done.stdout)
     assert outcome["original"]["quality"]["metric"] == "accuracy"
     assert (tmp_path / "run" / "report.html").is_file()
-    assert "channel" in (tmp_path / "run" / "summary.json").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["removed"]["channel"]
+    assert summary["speed"]["wanted"] == 1.2
+    assert "Fitted to 1.2x" in (tmp_path / "run" / "report.html").read_text()
     compared = edgepress("compare", tmp_path / "run")
     assert compared.returncode == 0, compared.stderr

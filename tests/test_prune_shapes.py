@@ -46,10 +46,10 @@ def test_merged(edgepress: Any, tmp_path: Path) -> None:
     ],
 )
 def test_what_makes_no_sense_is_one_sentence(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, asked: tuple[str, ...], message: str
+    here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, asked: tuple[str, ...], message: str
 ) -> None:
     rows = ("--data", reviews_csv, "--columns", "text=review,label=stars")
-    done = edgepress("prune", model_folder, *rows, *asked, "-o", tmp_path / "out")
+    done = here("prune", model_folder, *rows, *asked, "-o", tmp_path / "out")
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.strip().count("\n") < 3

@@ -13,9 +13,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_of_the_readme_runs(minilm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(model_folder: Path, reviews_csv: Path, tmp_path: Path) -> Path:
+    """A folder that has the reader's model and rows."""
+    (tmp_path / "my-model").symlink_to(model_folder)
+    (tmp_path / "reviews.csv").symlink_to(reviews_csv)
+    return tmp_path
+
+
+def test_the_python_of_the_readme_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - our own README
     assert names["rows"][1]["speedup"]["value"] > 0
@@ -27,15 +35,13 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith("edgepress ")]
 
 
-def test_the_commands_of_the_readme_run(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
-) -> None:
-    """In order, as they stand there, in a folder that has the reader's model and rows.
+@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_commands_of_the_readme_run(edgepress: Any, small_recipe: Path, folder: Path, short: bool) -> None:
+    """In order, in a folder that has the reader's model and rows.
 
-    Only what takes minutes is made shorter: ``compress`` is given a small recipe, on the reader's own model.
+    Only what takes minutes is made ``short``: the reader's model stands for the zoo's, and ``compress`` is given a
+    small recipe.
     """
-    (tmp_path / "my-model").symlink_to(model_folder)
-    (tmp_path / "reviews.csv").symlink_to(reviews_csv)
     found = commands()
     assert len(found) >= 11
     from edgepress.cli import app
@@ -45,11 +51,12 @@ def test_the_commands_of_the_readme_run(
     }
     for line in found:
         words = shlex.split(line)[1:]
-        if words[0] == "compress" and "--resume" not in words:
-            words = [word.replace("zoo:minilm-reviews", "my-model") for word in words] + ["--recipe", str(small_recipe)]
-            if "--data" not in words:
-                words += ["--data", "reviews.csv", "--columns", "text=review,label=stars"]
-        done = edgepress(*words, cwd=tmp_path)
+        if short and "zoo:minilm-reviews" in words:
+            words = [word.replace("zoo:minilm-reviews", "my-model") for word in words]
+            words += ["--data", "reviews.csv", "--columns", "text=review,label=stars"]
+        if short and words[0] == "compress" and "--resume" not in words:
+            words += ["--recipe", str(small_recipe)]
+        done = edgepress(*words, cwd=folder, timeout=500 if short else 3000)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 

@@ -26,26 +26,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ...models.data import Batch
 from ...models.layers import matrix
-from ...models.structure import Cut, Site
+from ...models.structure import Cut, Site, Structure
 from ...models.surgery import gated
-from ...models.tasks import EMBEDDING, REGRESSION
 from ...models.workload import Progress, Workload
+from ..distance import by_class, distance
 from ..score.ablation import before, recorded, skipped
 from ..score.evidence import BATCH, gather
 from ..score.obs import damped
 from ..score.readers import Moments, first
 from ..score.weights import places
-from .budget import choices, fewest
+from .budget import choices, fewest, orders, sums
 from .elimination import eliminate, solution
 
 LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -66,6 +66,21 @@ class Predicted:
     """Of every site of :func:`.budget.choices` the loss by units kept, [count + 1]."""
     orders: Mapping[Site, tuple[int, ...]]
     """Its units, the first to go first."""
+
+    def save(self, path: Path) -> None:
+        """As ``.npz``; see :func:`read`."""
+        losses, orders = (np.concatenate(list(series.values())) for series in (self.losses, self.orders))
+        np.savez(path, losses=losses, orders=orders)
+
+
+def read(path: Path, structure: Structure) -> Predicted:
+    """What was saved of the sites of ``structure``."""
+    sites = choices(structure)
+    with np.load(path, allow_pickle=False) as saved:
+        losses = np.split(saved["losses"], np.cumsum([site.count + 1 for site in sites])[:-1])
+        orders = np.split(saved["orders"], np.cumsum([site.count for site in sites])[:-1])
+    ordered = (tuple(order.tolist()) for order in orders)
+    return Predicted(dict(zip(sites, losses, strict=True)), dict(zip(sites, ordered, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -103,9 +118,15 @@ def predict(
     progress: Progress | None = None,
 ) -> Predicted:
     """The losses of every site, from ``scores`` [num_units], Gram matrices of ``rows`` calibration rows, and trials on
-    ``trial_rows`` of them."""
+    ``trial_rows`` of them.
+
+    Where ``workload`` has no rows (a score of the weights alone needs none) they are the sums of the scores.
+    """
     module, structure, calibration = workload.module, workload.structure, workload.data.calibration
     sites = choices(structure)
+    if not len(calibration):
+        summed, order = sums(structure, scores), orders(structure, scores)
+        return Predicted({site: summed[site] for site in sites}, {site: order[site] for site in sites})
     places_of = dict(structure.slices())
     evidence = gather(workload, ("grams",), rows=calibration.take(rows, seed), seed=seed, progress=progress)
     trials = _Trials(workload, list(calibration.take(trial_rows, seed).batches(BATCH)))
@@ -202,7 +223,7 @@ class _Trials:
 
     def __init__(self, workload: Workload, batches: Sequence[Batch]) -> None:
         self.workload, self.batches = workload, batches
-        self.by_class = workload.task not in {REGRESSION, EMBEDDING}
+        self.by_class = by_class(workload)
         self.wanted: list[Tensor] = []
         self.outputs: list[dict[str, Any]] = []
         used = 0
@@ -223,7 +244,7 @@ class _Trials:
             early = skipped(module, before(structure, mask, outputs))
             with torch.no_grad(), _holding(changed), gated(module, structure, mask), early:
                 found = self.workload.forward(batch.inputs)
-            total += float(_distance(wanted, found, batch, by_class=self.by_class).sum())
+            total += float(distance(wanted, found, batch, by_class=self.by_class).sum())
             count += len(batch.rows)
         return total / max(count, 1)
 
@@ -242,18 +263,3 @@ def _holding(changed: Sequence[tuple[_Reader, Tensor]]) -> Iterator[None]:
     finally:
         for layer, state in held:
             layer.load_state_dict(state)
-
-
-def _distance(wanted: Tensor, found: Tensor, batch: Batch, *, by_class: bool) -> Tensor:
-    """Of each row, [batch]; of tokens the mean over those that are not padding."""
-    wanted, found = wanted.double(), found.double()
-    if by_class:
-        logs = functional.log_softmax(wanted, dim=-1)
-        each = (logs.exp() * (logs - functional.log_softmax(found, dim=-1))).sum(dim=-1)
-    else:
-        each = (found - wanted).square().mean(dim=-1) / wanted.square().mean()
-    mask = batch.inputs.get("attention_mask")
-    each = each.reshape(len(each), -1)
-    if mask is None or mask.shape != each.shape:
-        return each.mean(dim=1)
-    return (each * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

@@ -10,6 +10,7 @@ import edgepress as ep
 import numpy as np
 import pytest
 import torch
+from edgepress.compress.distance import distance as distance_of
 from edgepress.compress.prune import predicted
 from edgepress.compress.prune.budget import choices, fewest
 from edgepress.compress.prune.elimination import AT_ONCE, eliminate, solution
@@ -129,7 +130,7 @@ def test_predicted_losses_are_those_of_the_cut_and_solved_model(name: str, with_
         cut = small.with_module(module, small.structure, small.plan)
         with torch.no_grad(), gated(module, small.structure, mask):
             answers = cut.forward(batch.inputs)
-        distance = predicted._distance(wanted.detach(), answers, batch, by_class=small.task.name not in {"embedding"})
+        distance = distance_of(wanted.detach(), answers, batch, by_class=small.task.name not in {"embedding"})
         assert losses[kept] >= float(distance.mean()) - 1e-9  # never less than measured, as more units go
         if site.kind == "block":
             assert losses[0] == pytest.approx(float(distance.mean()))
