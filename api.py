@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from . import recipe as recipes
-from .pipeline import Display, Outcome
+from .pipeline import Outcome
 from .pipeline import compress as run
+from .stages import Display
 
 
 def compress(

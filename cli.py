@@ -177,7 +177,7 @@ def compress(
     """The whole chain: load, score, prune, recover, quantize, export, benchmark, report."""
     from . import recipe as recipes
     from .pipeline import compress as run
-    from .pipeline import resumed_recipe
+    from .stages import resumed_recipe
 
     if max_latency and speedup:
         raise UsageError("Give --max-latency or --speedup, not both.")
@@ -771,7 +771,7 @@ def compare(
     seed: Seed = 0,
 ) -> None:
     """The table of a run against its original, or of artifacts measured now against the first."""
-    from .pipeline import read_summary
+    from .stages import read_summary
 
     if len(runs) == 1:
         summary = read_summary(runs[0])

@@ -1,22 +1,16 @@
 """The main job: from a recipe to a measured artifact, stage by stage, each stage kept only where it pays.
 
-    load → baseline → score → (prune → recover → quantize) for each level until one meets the constraint → measure
-
-Each stage is a folder in the run folder, named after the sha256 of everything it depends on and written in one step.
-A run that is started again, or resumed after it was killed, finds the finished ones and goes on behind them.
+load → baseline → score → (prune → recover → quantize) for each level until one meets the constraint → measure
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +27,7 @@ from .compress.prune.allocate import by_ratio
 from .compress.prune.budget import choices
 from .compress.prune.reconstruct import reconstruct
 from .compress.recover import recover
-from .errors import EdgepressError, InputError, UsageError
+from .errors import InputError, UsageError
 from .export import artifact as artifacts
 from .export.artifact import Artifact
 from .export.backends import onnx
@@ -43,8 +37,9 @@ from .models import checkpoint, metrics, surgery
 from .models import workload as workloads
 from .models.metrics import Quality
 from .models.workload import Progress, Workload
-from .plan import QuantizationPlan, read_json
+from .plan import PruningPlan, QuantizationPlan
 from .recipe import Level, Recipe
+from .stages import Display, Silent, Stages, claimed
 
 QUICK_QUERIES, QUICK_SECONDS = 200, 4.0
 """How long the comparison that a gate looks at may take; the final one follows the recipe."""
@@ -54,22 +49,6 @@ SPEEDS = (3.0, 2.0, 1.5)
 
 MARGINS = (1.02, 1.1, 1.25)
 """And where it does, beyond what is wanting: a speed can turn out a little less when it is measured again."""
-
-
-class Display(Protocol):
-    """Where a run tells how far it is."""
-
-    def progress(self, stage: str) -> Progress: ...
-
-    def say(self, text: str) -> None: ...
-
-
-class Silent:
-    def progress(self, stage: str) -> Progress:
-        return lambda done, total, note: None
-
-    def say(self, text: str) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -88,6 +67,16 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """How a variant was pruned: checkpoint, plan, what a fit to a speed found, and the trace of the recovery."""
+
+    checkpoint: Path
+    plan: PruningPlan
+    speed: Mapping[str, Any] | None
+    trace: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Variant:
     """An artifact with its quality; ``key`` addresses the stage that made it."""
 
@@ -95,6 +84,7 @@ class Variant:
     artifact: Artifact
     quality: Quality
     title: str
+    pruned: Pruned | None = None
 
 
 def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Display | None = None) -> Outcome:
@@ -108,7 +98,7 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     if recipe.quantize:
         quantizers.get(recipe.quantize.scheme)
     show = display or Silent()
-    with _claimed(out, recipe):
+    with claimed(out, recipe):
         workload = workloads.load(
             recipe.model,
             recipe.data,
@@ -129,34 +119,6 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     return outcome
 
 
-@contextmanager
-def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
-    """Make ``out`` a run folder, and unmake it where the block finds that there is nothing to run.
-
-    Raises UsageError where ``out`` holds something else.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give a folder for the run with -o.")
-    path = out / "recipe.yaml"
-    if out.is_dir() and any(out.iterdir()) and not path.is_file():
-        raise UsageError(f"{out} holds other files and is not a run folder; give another one with -o.")
-    before = path.read_text(encoding="utf-8") if path.is_file() else None
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    write_text(path, recipe.to_yaml())
-    for leftover in (out / "stages").glob(".*"):  # what a killed run was writing
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        yield
-    except EdgepressError:
-        if before is not None:
-            write_text(path, before)
-        else:
-            path.unlink()
-            for folder in new:
-                folder.rmdir()
-        raise
-
-
 class _Run:
     """One run: its folder, its workload, and what its gate has decided so far."""
 
@@ -166,35 +128,13 @@ class _Run:
         self.constraint: Constraint = recipe.limits.constraint()
         self.kept: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []
-        self.stages: list[dict[str, Any]] = []
-        self.trace: dict[str, Any] = {}
+        self.trace: Mapping[str, Any] = {}
         self.scores: scorers.Scores | None = None
         self.losses: predicted.Predicted | None = None
-        self.speed: dict[str, Any] | None = None
-        self.root = workload.fingerprint()
+        facts = {"edgepress": __version__, "workload": workload.fingerprint(), "seed": recipe.seed}
+        self.stages = Stages(out, facts, show)
 
-    # ---- stages
-
-    def key(self, name: str, depends: Mapping[str, Any]) -> str:
-        """The address of a stage: all that it depends on."""
-        facts = {"stage": name, "edgepress": __version__, "workload": self.root, "seed": self.recipe.seed, **depends}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-    def stage(
-        self, name: str, depends: Mapping[str, Any], make: Callable[[Path, Progress], dict[str, Any]]
-    ) -> tuple[str, Path, dict[str, Any]]:
-        """The key, folder and result of a stage; ``make`` fills the folder unless a finished one is there."""
-        key = self.key(name, depends)
-        begin = time.monotonic()
-        number = len(self.stages) + 1
-        found = sorted((self.out / "stages").glob(f"*-{name}-{key}"))
-        folder = found[0] if found else self.out / "stages" / f"{number:02d}-{name}-{key}"
-        if not found:
-            with new_folder(folder) as place:
-                result = make(place, self.show.progress(name))
-                (place / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-        self.stages.append({"name": name, "seconds": round(time.monotonic() - begin, 2), "reused": bool(found)})
-        return key, folder, read_json(folder / "result.json")
+    # ---- variants
 
     def baseline(self) -> Variant:
         """The original in FP32, in the graph form that is fastest on the target."""
@@ -229,7 +169,7 @@ class _Run:
             return {"quality": asdict(judged)}
 
         facts = {**depends, "plan": plan.to_json(), "title": title, "base": base.key if base else None}
-        key, folder, result = self.stage(name, facts, make)
+        key, folder, result = self.stages.run(name, facts, make)
         if name == "baseline":
             self._baseline_folder = folder
         return Variant(key, artifacts.open_artifact(folder / "artifact"), Quality(**result["quality"]), title)
@@ -275,7 +215,7 @@ class _Run:
             return {"kept": kept, "entry": {"stage": stage, "variant": after.title, "reason": reason, **figures}}
 
         depends = {"before": before.key, "after": after.key, "limits": self.recipe.limits.model_dump()}
-        _, _, result = self.stage(f"gate-{stage}", depends, make)
+        _, _, result = self.stages.run(f"gate-{stage}", depends, make)
         (self.kept if result["kept"] else self.refused).append(result["entry"])
         word = "kept" if result["kept"] else "refused"
         self.show.say(f"{after.title}: {word}, {result['entry']['reason']}")
@@ -297,9 +237,13 @@ class _Run:
             variants += found
             if found and self._meets(original, found[-1]):
                 break
-            if not found and self.constraint.asks_for_speed:
-                break  # the next would be faster still, and lose more
+            if not found and self.constraint.asks_for_speed and self._lost_too_much():
+                break  # the next is to be faster still, and would lose more
         return variants
+
+    def _lost_too_much(self) -> bool:
+        """Whether what was refused last was refused for its quality."""
+        return (self.refused[-1]["drop"] or 0.0) > self.constraint.max_drop
 
     def _levels(self, original: Variant, best: Variant) -> list[Level]:
         """The levels to try, in turn: the recipe's, else such as meet the constraint.
@@ -317,7 +261,7 @@ class _Run:
 
         if given is None and limits.asks_for_speed:
             depends = {"original": original.key, "best": best.key, "limits": self.recipe.limits.model_dump()}
-            _, _, result = self.stage("levels", depends, fitting)
+            _, _, result = self.stages.run("levels", depends, fitting)
             given = tuple(Level(speedup=one) for one in result["speedups"])
         elif given is None:
             given = tuple(Level(speedup=one) for one in SPEEDS)
@@ -352,7 +296,7 @@ class _Run:
             return {}
 
         if self.scores is None:
-            _, folder, _ = self.stage("score", options.model_dump(), make)
+            _, folder, _ = self.stages.run("score", options.model_dump(), make)
             values = torch.from_numpy(np.load(folder / "scores.npy", allow_pickle=False))
             self.scores = scorers.Scores(options.method, self.workload.structure, values)
         return self.scores
@@ -366,7 +310,7 @@ class _Run:
             return {}
 
         if self.losses is None:
-            _, folder, _ = self.stage("losses", self.recipe.score.model_dump(), make)
+            _, folder, _ = self.stages.run("losses", self.recipe.score.model_dump(), make)
             self.losses = predicted.read(folder / "losses.npz", structure)
         return self.losses
 
@@ -406,38 +350,54 @@ class _Run:
             checkpoint.save(pruned, place / "checkpoint")
             return {"speed": fitted.to_json() if fitted else None}
 
-        _, folder, result = self.stage(f"prune-{number}", {**facts, "reconstruct": options.reconstruct}, cut)
-        fitted_speed = result["speed"]
+        _, folder, result = self.stages.run(f"prune-{number}", {**facts, "reconstruct": options.reconstruct}, cut)
+        fitted_to = result["speed"]
         pruned = self._read(folder / "checkpoint")
+        if fitted_to and pruned.plan == self.workload.plan:
+            self._nothing_gained(number, fitted_to)
+            return []
         facts["recover"] = options.model_dump()
         if options.steps:
-            name, unfinished = f"recover-{number}", self.out / "unfinished"
-            state = unfinished / f"{name}-{self.key(name, facts)}.safetensors"
-
-            def train(place: Path, progress: Progress) -> dict[str, Any]:
-                recovered = recover(
-                    pruned,
-                    self.workload,
-                    **options.model_dump(exclude={"reconstruct"}),
-                    checkpoint=state,
-                    seed=self.recipe.seed,
-                    progress=progress,
-                )
-                checkpoint.save(recovered.workload, place / "checkpoint")
-                return {"trace": recovered.trace, "layers": recovered.layers}
-
-            _, folder, result = self.stage(name, facts, train)
-            shutil.rmtree(unfinished, ignore_errors=True)
-            self.trace = {"recover": result["trace"], "layers": result["layers"]}
+            folder = self._recovered(number, facts, pruned)
             pruned = self._read(folder / "checkpoint")
         name, plan = f"export-{number}", QuantizationPlan("fp32")
         small = self._artifact(name, f"pruned {number} fp32", pruned, plan, facts, original)
         if not self.judge(name, original, small):
             return []
-        self.checkpoint, self.plan, self.speed = folder / "checkpoint", pruned.plan, fitted_speed
         title = f"pruned {number} int8"
         quantized = self._quantized(f"quantize-{number}", title, pruned, small, small)
-        return [small, quantized] if quantized else [small]
+        how = Pruned(folder / "checkpoint", pruned.plan, fitted_to, self.trace)
+        return [replace(variant, pruned=how) for variant in (small, quantized) if variant]
+
+    def _recovered(self, number: int, facts: Mapping[str, Any], pruned: Workload) -> Path:
+        """The folder of the stage that trains ``pruned``; a killed one goes on from its last state."""
+        name, unfinished = f"recover-{number}", self.out / "unfinished"
+        state = unfinished / f"{name}-{self.stages.key(name, facts)}.safetensors"
+
+        def train(place: Path, progress: Progress) -> dict[str, Any]:
+            recovered = recover(
+                pruned,
+                self.workload,
+                **self.recipe.recover.model_dump(exclude={"reconstruct"}),
+                checkpoint=state,
+                seed=self.recipe.seed,
+                progress=progress,
+            )
+            checkpoint.save(recovered.workload, place / "checkpoint")
+            return {"trace": recovered.trace, "layers": recovered.layers}
+
+        _, folder, result = self.stages.run(name, facts, train)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self.trace = {"recover": result["trace"], "layers": result["layers"]}
+        return folder
+
+    def _nothing_gained(self, number: int, speed: Mapping[str, Any]) -> None:
+        """Refuse a level at which nothing goes: whatever would, costs the target no time."""
+        reason = f"no removal makes it {speed['wanted']:.2f}x faster, nor faster at all"
+        variant = f"pruned {number}"
+        entry = {"stage": f"prune-{number}", "variant": variant, "reason": reason}
+        self.refused.append({**entry, "drop": None, "speedup": speed["speedup"]})
+        self.show.say(f"{variant}: refused, {reason}")
 
     # ---- the end
 
@@ -447,8 +407,7 @@ class _Run:
         keys = [variant.key for variant in variants]
         depends = {"variants": keys, "measure": self.recipe.measure.model_dump(), "target": self.target}
         if not resume:
-            for stale in (self.out / "stages").glob("*-measure-*"):
-                shutil.rmtree(stale)
+            self.stages.forget("measure")
 
         def make(place: Path, progress: Progress) -> dict[str, Any]:
             taken = load.benchmark(
@@ -464,7 +423,7 @@ class _Run:
             (place / path.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
             return {}
 
-        _, folder, _ = self.stage("measure", depends, make)
+        _, folder, _ = self.stages.run("measure", depends, make)
         text = (folder / path.name).read_text(encoding="utf-8")
         measured = [Measurement.from_json(json.loads(line)) for line in text.splitlines()]
         measured = [
@@ -484,17 +443,16 @@ class _Run:
             shutil.copytree(variants[best].artifact.folder, place, dirs_exist_ok=True)
         write_text(path, "".join(json.dumps(m.to_json()) + "\n" for m in measured))
         outcome = Outcome(self.out, rows[0], rows[1:], chosen, self.refused, missing)
-        write_text(self.out / "summary.json", json.dumps(self._summary(outcome, measured), indent=1) + "\n")
+        summary = self._summary(outcome, measured, variants[best])
+        write_text(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         return outcome
 
-    def _summary(self, outcome: Outcome, measured: list[Measurement]) -> dict[str, Any]:
+    def _summary(self, outcome: Outcome, measured: list[Measurement], best: Variant) -> dict[str, Any]:
         data, structure = self.workload.data, self.workload.structure
         doubts = environment.warnings(measured[0].environment)
         for item in measured:
             doubts += [f"{item.name}: {sign}" for sign in environment.unsteady(item.samples)]
-        plan = getattr(self, "plan", None)
-        pruned = outcome.chosen is not None and plan is not None and outcome.chosen.startswith("pruned")
-        scores = self.scores
+        pruned, scores = best.pruned, self.scores
         return {
             "name": self.workload.name,
             "origin": self.workload.origin,
@@ -504,20 +462,20 @@ class _Run:
             "unmet": outcome.unmet,
             "kept": self.kept,
             "structure": [{"kind": s.kind, "layer": s.layer, "count": s.count} for s in structure.sites],
-            "removed": plan.to_json() if pruned and plan else {},
+            "removed": pruned.plan.to_json() if pruned else {},
             "scores": {"method": scores.method, "values": {k: scores.of(k) for k in structure.kinds}}
             if scores
             else None,
-            "speed": self.speed if pruned else None,
-            "trace": self.trace,
+            "speed": pruned.speed if pruned else None,
+            "trace": pruned.trace if pruned else self.trace,
             "data": {
                 "train": len(data.train),
                 "calibration": len(data.calibration),
                 "evaluation": len(data.evaluation),
                 "labels": list(self.workload.skeleton.labels),
             },
-            "checkpoint": str(self.checkpoint.relative_to(self.out)) if pruned else None,
-            "stages": self.stages,
+            "checkpoint": str(pruned.checkpoint.relative_to(self.out)) if pruned else None,
+            "stages": self.stages.done,
             "environment": dict(measured[0].environment),
             "warnings": doubts,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -534,22 +492,3 @@ def _check_sane(quality: Quality, workload: Workload) -> None:
             f"The original model has {quality.value:.1f} % {quality.metric} on the evaluation rows, and guessing gives "
             f"{chance:.1f} %: the labels of the rows do not match the model's ({', '.join(workload.skeleton.labels)})."
         )
-
-
-def read_summary(run: Path) -> dict[str, Any]:
-    """The summary of a finished run; InputError where ``run`` is not one."""
-    if not (run / "summary.json").is_file():
-        raise InputError(f"{run} is not a finished run: it has no summary.json.")
-    summary = read_json(run / "summary.json")
-    if not isinstance(summary, dict) or "original" not in summary:
-        raise InputError(f"{run / 'summary.json'} is not the summary of a run.")
-    return summary
-
-
-def resumed_recipe(run: Path) -> dict[str, Any]:
-    """The recipe that a run folder was started with."""
-    from . import recipe
-
-    if not (run / "recipe.yaml").is_file():
-        raise UsageError(f"There is no run to resume in {run}: it has no recipe.yaml.")
-    return recipe.read(run / "recipe.yaml")

@@ -123,7 +123,7 @@ class Recipe(_Strict):
     score: Score = Score()
     levels: tuple[Level, ...] | None = None
     """Tried until one meets the constraint: the strongest first, or, where a speed is asked for, the gentlest first.
-    None leaves them to the constraint, see :func:`.pipeline.levels`."""
+    None leaves them to the constraint."""
     recover: Recover = Recover()
     quantize: Quantize | None = Quantize()
     measure: Measure = Measure()

@@ -250,9 +250,12 @@ def _distilled(candidate: Candidate, workload: Workload, steps: int, seed: int) 
 
 
 def _lost(row: Mapping[str, Any]) -> float:
-    """The drop over all rows, in points; infinite where the row came out too slow to be compared with others."""
+    """The drop of the set that loses most, in points; infinite where the row came out too slow to be compared.
+
+    Over the sets together a model that has come to lean to one answer can gain, where they hold it in unequal shares.
+    """
     too_slow = "failed" in row or row["speedup"]["value"] < (1 - TOO_SLOW) * row["wanted"]
-    return float("inf") if too_slow else float(row["quality"]["all"]["drop"])
+    return float("inf") if too_slow else max(float(found["drop"]) for found in row["quality"].values())
 
 
 def _read(path: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
