@@ -35,6 +35,7 @@ from edgepress.errors import EdgepressError, UsageError
 from edgepress.export.artifact import Artifact
 from edgepress.export.backends import onnx as backend
 from edgepress.models import metrics
+from edgepress.models.data import stratified
 from edgepress.models.workload import Workload
 from numpy.typing import NDArray
 
@@ -58,13 +59,17 @@ def evaluation_sets(workload: Workload) -> Parts:
 
 
 def fewer(workload: Workload, parts: Parts, rows: int) -> tuple[Workload, Parts]:
-    """``workload`` judged on at most ``rows`` rows, each set in its share."""
-    total = len(workload.data.evaluation)
-    if not 0 < rows < total:
+    """``workload`` judged on at most ``rows`` rows, each set in its share and each class of a set in its own."""
+    whole = workload.data.evaluation
+    if not 0 < rows < len(whole):
         return workload, parts
-    share = rows / total
-    chosen = {name: at[np.linspace(0, len(at) - 1, round(share * len(at))).astype(int)] for name, at in parts.items()}
-    evaluation = workload.data.evaluation.pick(np.concatenate(list(chosen.values())))
+    random = np.random.default_rng(0)
+    chosen = {}
+    for name, at in parts.items():
+        order = random.permutation(at)
+        drawn = order if whole.classes is None else order[stratified(whole.classes[order])]
+        chosen[name] = np.sort(drawn[: round(rows / len(whole) * len(at))])
+    evaluation = whole.pick(np.concatenate(list(chosen.values())))
     starts = np.cumsum([0, *(len(at) for at in chosen.values())])
     data = replace(workload.data, evaluation=evaluation)
     return replace(workload, data=data), {name: np.arange(*starts[i : i + 2]) for i, name in enumerate(chosen)}
@@ -250,10 +255,7 @@ def _distilled(candidate: Candidate, workload: Workload, steps: int, seed: int) 
 
 
 def _lost(row: Mapping[str, Any]) -> float:
-    """The drop of the set that loses most, in points; infinite where the row came out too slow to be compared.
-
-    Over the sets together a model that has come to lean to one answer can gain, where they hold it in unequal shares.
-    """
+    """The drop of the set that loses most, in points; infinite where the row came out too slow to be compared."""
     too_slow = "failed" in row or row["speedup"]["value"] < (1 - TOO_SLOW) * row["wanted"]
     return float("inf") if too_slow else max(float(found["drop"]) for found in row["quality"].values())
 

@@ -320,6 +320,9 @@ def test_the_sets_of_the_reviews_keep_apart_on_fewer_rows(minilm: Any) -> None:
     assert {name: len(at) for name, at in parts.items()} == {"rotten_tomatoes": 2000, "imdb": 1000}
     fewer, small = pruning.fewer(minilm, parts, 90)
     assert {name: len(at) for name, at in small.items()} == {"rotten_tomatoes": 60, "imdb": 30}
+    whole, classes = minilm.data.evaluation.classes, fewer.data.evaluation.classes
+    for name, at in parts.items():  # a set of one class would be judged by what a model leans to
+        assert classes[small[name]].mean() == pytest.approx(whole[at].mean(), abs=0.5 / len(small[name]) + 0.01)
     lengths = minilm.data.evaluation.lengths
     assert lengths[parts["imdb"]].mean() > 4 * lengths[parts["rotten_tomatoes"]].mean()
     assert (
