@@ -39,9 +39,32 @@ def draw(structure: Any, random: np.random.Generator) -> Any:
     return PruningPlan.of(units)
 
 
+def point(table: Any, structure: Any, plan: Any, original: Any, small: Any) -> dict[str, Any]:
+    """What the table says of a plan beside the two measurements; shares are of the original's latency."""
+    from edgepress.benchmarks import compare, latency
+
+    faster, paired = compare.speedup(original, small), latency.share(original, small)
+    predicted = table.predict(structure, plan)
+    share = predicted / table.total_ms
+    return {
+        "plan": plan.to_json(),
+        "blocks": len(plan.blocks),
+        "predicted_ms": predicted,
+        "predicted_share": share,
+        "original_ms": original.p50,
+        "measured_ms": small.p50,
+        "measured_share": 1 / faster.value,
+        "interval": [1 / faster.high, 1 / faster.low],
+        "error": share * faster.value - 1,
+        "paired_share": paired,
+        "paired_error": share / paired - 1,
+        "load_1min": small.environment["load_1min"],
+    }
+
+
 def scatter(model: str, *, target: str, precision: str, plans: int, queries: int, seed: int) -> dict[str, Any]:
     import edgepress as ep
-    from edgepress.benchmarks import compare, latency, load
+    from edgepress.benchmarks import latency, load
     from edgepress.export.backends import onnx
     from edgepress.models import surgery
     from edgepress.plan import QuantizationPlan
@@ -78,35 +101,17 @@ def scatter(model: str, *, target: str, precision: str, plans: int, queries: int
                 min_seconds=60,
                 memory=False,
             )
-            faster = compare.speedup(first, second)
-            predicted = table.predict(workload.structure, plan)
-            share = predicted / table.total_ms
-            paired = latency.share(first, second)
-            points.append(
-                {
-                    "plan": plan.to_json(),
-                    "blocks": len(plan.blocks),
-                    "predicted_ms": predicted,
-                    "predicted_share": share,
-                    "original_ms": first.p50,
-                    "measured_ms": second.p50,
-                    "measured_share": 1 / faster.value,
-                    "interval": [1 / faster.high, 1 / faster.low],
-                    "error": share * faster.value - 1,
-                    "paired_share": paired,
-                    "paired_error": share / paired - 1,
-                    "load_1min": second.environment["load_1min"],
-                }
-            )
+            points.append(point(table, workload.structure, plan, first, second))
+            share, found, paired = (points[-1][name] for name in ("predicted_share", "measured_share", "paired_share"))
             print(
-                f"{precision} {number + 1}: {share:.3f} of the whole predicted, {1 / faster.value:.3f} measured "
-                f"({paired:.3f} round by round, {100 * (share / paired - 1):+.1f} %)",
+                f"{precision} {number + 1}: {share:.3f} of the whole predicted, {found:.3f} measured "
+                f"({paired:.3f} round by round, {100 * points[-1]['paired_error']:+.1f} %)",
                 file=sys.stderr,
                 flush=True,
             )
     summary = {}
     for name in ("error", "paired_error"):
-        errors = np.abs([point[name] for point in points])
+        errors = np.abs([one[name] for one in points])
         within = float((errors <= 0.1).mean())
         summary[name] = {"median": float(np.median(errors)), "most": float(errors.max()), "within_10_percent": within}
     return {
