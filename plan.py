@@ -153,6 +153,9 @@ class QuantizationPlan:
     module name to the (low, high) range of its input where the scheme is static, and is empty where it is dynamic.
     ``state`` holds entries of the model's state dict that take the place of its own (smoothed weights, corrected
     biases). ``codes`` are weights that a method has rounded itself; others are rounded to nearest as they are written.
+    ``smooth`` maps a module name to a positive scale for each of its input channels, [in]: the input over it is what
+    is quantized, to the range in ``activations``, and the weight's columns times it are what is rounded. Modules that
+    read the same tensor share one scale.
     """
 
     scheme: str
@@ -160,6 +163,7 @@ class QuantizationPlan:
     activations: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     codes: Mapping[str, Codes] = field(default_factory=dict, compare=False)
+    smooth: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors."""
