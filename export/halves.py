@@ -17,7 +17,7 @@ TYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(bfloat16)}
 
 
 def store(graph: onnx.ModelProto, plan: QuantizationPlan) -> None:
-    """Store the constants that ``plan``'s modules read in its type; single numbers, such as an epsilon, stay as they are.
+    """Store the constants that ``plan``'s modules read in its type; single numbers, such as an epsilon, stay.
 
     Raises InputError where a number becomes infinite.
     """
@@ -28,7 +28,7 @@ def store(graph: onnx.ModelProto, plan: QuantizationPlan) -> None:
     for node in graph.graph.node:
         module = node.name.rsplit("/", 1)[0]
         if module in plan.weights:
-            stored |= {name: module for name in many.intersection(node.input)}
+            stored |= dict.fromkeys(many.intersection(node.input), module)
     for name, module in stored.items():
         with np.errstate(over="ignore"):
             narrow = numpy_helper.to_array(constants[name]).astype(dtype)

@@ -6,7 +6,6 @@ A product with a planned weight becomes ``com.microsoft::MatMulNBits``, a look-u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,9 @@ def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan) -> None:
     turned = {node.output[0] for node in graph.graph.node if node.op_type == "Transpose" and node.input[0] in constants}
     without = sorted(plan.weights.keys() - plan.codes.keys())
     if without:
-        raise InputError(f"The plan stores '{without[0]}' in {plan.weights[without[0]]} but has no codes of its weight.")
+        raise InputError(
+            f"The plan stores '{without[0]}' in {plan.weights[without[0]]} but has no codes of its weight."
+        )
     nodes, added, done = [], _Constants(), set()
     for node in graph.graph.node:
         name = node.name.rsplit("/", 1)[0]
@@ -89,7 +90,7 @@ def _bytes(numbers: Bytes, bits: int) -> Bytes:
     if bits == 8:
         return numbers
     even = np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, numbers.shape[-1] % 2)])
-    joined: Bytes = even[..., ::2] | even[..., 1::2] << 4
+    joined: Bytes = np.bitwise_or(even[..., ::2], even[..., 1::2] << 4, dtype=np.uint8)
     return joined
 
 
@@ -106,7 +107,7 @@ def _product(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants) -
     while not inputs[-1]:
         inputs.pop()
     rows, columns = codes.codes.shape
-    form: Mapping[str, int] = {"K": columns, "N": rows, "bits": codes.bits, "block_size": codes.block}
+    form: dict[str, Any] = {"K": columns, "N": rows, "bits": codes.bits, "block_size": codes.block}
     return helper.make_node(
         "MatMulNBits", inputs, node.output, node.name, domain=DOMAIN, accuracy_level=ACCURACY_LEVEL, **form
     )
@@ -118,15 +119,15 @@ def _look_up(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants) -
     numbers, scales, zeros = packed(codes)
     rows, columns = codes.codes.shape
     inputs = [node.input[1], added.add(f"{name}.scales", scales), added.add(f"{name}.zeros", zeros)]
-    form = {"bits": codes.bits, "block_size": codes.block, "gather_axis": 0, "quantize_axis": 1}
+    form: dict[str, Any] = {"bits": codes.bits, "block_size": codes.block, "gather_axis": 0, "quantize_axis": 1}
     made = []
     if columns % codes.block:
-        table = added.add(f"{name}.codes", np.ascontiguousarray(numbers.reshape(rows, -1)[:, : columns * codes.bits // 8]))
+        table = added.add(
+            f"{name}.codes", np.ascontiguousarray(numbers.reshape(rows, -1)[:, : columns * codes.bits // 8])
+        )
     else:
         shape, table = added.add(f"{name}.shape", np.array([rows, -1], dtype=np.int64)), f"{name}.table"
         held = added.add(f"{name}.codes", numbers)
         made.append(helper.make_node("Reshape", [held, shape], [table], f"{name}/Reshape"))
-    look_up = helper.make_node(
-        "GatherBlockQuantized", [table, *inputs], node.output, node.name, domain=DOMAIN, **form
-    )
+    look_up = helper.make_node("GatherBlockQuantized", [table, *inputs], node.output, node.name, domain=DOMAIN, **form)
     return [*made, look_up]

@@ -21,7 +21,9 @@ def dequantized(workload: Workload, plan: QuantizationPlan) -> Workload:
     with torch.no_grad():
         for name, tensor in plan.state.items():
             if name not in own or own[name].shape != tensor.shape:
-                raise InputError(f"The plan replaces '{name}' {list(tensor.shape)}, which {workload.name} does not have.")
+                raise InputError(
+                    f"The plan replaces '{name}' {list(tensor.shape)}, which {workload.name} does not have."
+                )
             own[name].copy_(tensor)
         for name, codes in plan.codes.items():
             layer = dict(module.named_modules()).get(name)

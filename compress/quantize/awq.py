@@ -1,8 +1,8 @@
 """AWQ: columns that read large activations made larger before they are rounded, and what writes them smaller.
 
-What    Column j of the layers that read a tensor is multiplied by s_j = rms_j^α, and what makes the tensor divided by
-        it, so that the function stays the same. α is that of 21 in [0, 1] with which rounding to nearest leaves the
-        least squared error of the layers' outputs; with 0 nothing changes.
+What    Column j of the layers that read a tensor is multiplied by s_j = rms_j^e, and what makes the tensor divided by
+        it, so that the function stays the same. The exponent e is that of 21 in [0, 1] with which rounding to nearest
+        leaves the least squared error of the layers' outputs; with 0 nothing changes.
 When    INT4 weights of models some of whose activations are far larger than others; before any way of rounding.
 Cost    A forward pass of the rows for each tensor, and 21 roundings and products out * in^2 of each layer.
 Source  Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv

@@ -21,7 +21,7 @@ def check(block: int) -> None:
 def blocks(weight: Tensor, block: int) -> Tensor:
     """``weight`` [out, in] as [out, blocks, block], the last block filled up with zeros."""
     filled = nn.functional.pad(weight, (0, -weight.shape[1] % block))
-    return filled.unflatten(1, (-1, block))
+    return filled.reshape(len(weight), filled.shape[1] // block, block)
 
 
 def grid(weight: Tensor, *, bits: int, block: int, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -59,4 +59,6 @@ def check_activations(workload: Workload, scheme: str, dtype: torch.dtype, *, ro
 def _check(largest: float, dtype: torch.dtype, what: str, scheme: str) -> None:
     most = torch.finfo(dtype).max
     if not largest <= most:
-        raise InputError(f"{what} is {largest:.4g}, which {scheme} cannot hold (at most {most:.4g}); bf16 has the range.")
+        raise InputError(
+            f"{what} is {largest:.4g}, which {scheme} cannot hold (at most {most:.4g}); bf16 has the range."
+        )

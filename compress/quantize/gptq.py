@@ -58,7 +58,9 @@ def gptq(
             column = int(order[place])
             part = column // block
             if not act_order and column % block == 0:
-                fresh = blocks.grid(left[:, place : min(place + block, stop)], bits=bits, block=block, symmetric=symmetric)
+                fresh = blocks.grid(
+                    left[:, place : min(place + block, stop)], bits=bits, block=block, symmetric=symmetric
+                )
                 scales[:, part], zeros[:, part] = (one[:, 0] for one in fresh)
             scale, zero = scales[:, part], zeros[:, part]
             numbers = blocks.nearest(left[:, place], scale, zero, bits=bits)

@@ -36,18 +36,19 @@ def quantize(
     method: str = "gptq",
     block: int = 32,
     symmetric: bool = False,
-    act_order: bool = False,
+    act_order: bool = True,
     head: bool = False,
     embeddings: bool = True,
     rows: int = 128,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> QuantizationPlan:
-    """Every linear layer in the blocks in 4 bits; with ``head`` those after them in 8, with ``embeddings`` large tables.
+    """Every linear layer in the blocks in 4 bits; with ``head`` those after them in 8, with ``embeddings`` the tables.
 
     ``method`` is one of :data:`METHODS`: ``rtn`` rounds to nearest, ``awq-gptq`` scales columns and then solves. GPTQ
-    and AWQ see ``rows`` calibration rows, each layer what it is given once those before it are quantized. UsageError on
-    a word or a block that does not exist, and where there is nothing to quantize or no row to see.
+    and AWQ see ``rows`` calibration rows, each layer what it is given once those before it are quantized; GPTQ rounds
+    columns of most energy first, or with ``act_order`` off as they stand. UsageError on a word or a block that does not
+    exist, and where there is nothing to quantize or no row to see.
     """
     if method not in METHODS:
         raise UsageError(f"There is no way '{method}' to round 4-bit weights (known: {', '.join(METHODS)}).")
@@ -81,9 +82,7 @@ def _nearest(weight: Tensor, form: dict[str, Any]) -> Codes:
     return blocks.to_nearest(weight, **form)
 
 
-def _scale(
-    result: Workload, tensor: Input, moments: Moments, codes: dict[str, Codes], form: dict[str, Any]
-) -> Tensor:
+def _scale(result: Workload, tensor: Input, moments: Moments, codes: dict[str, Codes], form: dict[str, Any]) -> Tensor:
     """Fold AWQ's scales into the module of ``result``, and into the codes of a maker that has some already: a row has
     scales of its own, so that is exact. Returns the Gram matrix of the scaled tensor."""
     module = result.module

@@ -6,14 +6,16 @@ as the caller has left it, so an error that has been made is seen by what can st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...models.structure import Cut, Site
 from ...models.workload import Progress, Workload
 from ..prune.inputs import BATCH, site_of
-from ..prune.replay import Replay
+from ..prune.replay import Enough, Replay
 from ..score.readers import Moments, Seen
 from .fold import Input
 
@@ -39,14 +41,34 @@ def calibrated(
 
 
 def _moments(replay: Replay, name: str) -> Moments:
-    seen, where = Seen(), site_of(replay.workload, name)
-    site: Site = replace(where, gates=(Cut(name, "in", 1),), sum_at="")
-    found: Moments | None = None
-    for number, batch in enumerate(replay.batches):
-        seen.inputs = batch.inputs
-        for inputs, _ in replay.at(site, number):
-            x = seen.tokens(name, site, inputs)
-            found = found or Moments.nothing(x.shape[1], x, gram=True)
-            found.add(x)
-    assert found is not None
-    return found
+    """Of all that the layer is given: one that a block runs twice, on two tensors, is to serve both."""
+    workload = replay.workload
+    site, stacks = site_of(workload, name), workload.structure.stacks
+    once = site.block and not any(stack.shared and name.startswith(f"{stack.path}.") for stack in stacks)
+    seen = Seen()
+    found: list[Moments] = []
+
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = seen.tokens(name, site, args[0])
+        if not found:
+            found.append(Moments.nothing(x.shape[1], x, gram=True))
+        found[0].add(x)
+
+    def stop(*_: Any) -> None:
+        raise Enough
+
+    def look(inputs: Mapping[str, Tensor]) -> None:
+        seen.inputs = inputs
+        with suppress(Enough):
+            workload.forward(inputs)
+
+    handles = [workload.module.get_submodule(name).register_forward_pre_hook(see)]
+    if once:
+        handles.append(workload.module.get_submodule(site.block).register_forward_hook(stop))
+    try:
+        for number in range(len(replay.batches)):
+            replay.through(site.block, number, look)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0]

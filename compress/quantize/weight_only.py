@@ -30,9 +30,7 @@ def outside(workload: Workload, *, head: bool, embeddings: bool, block: int, sym
         shared = {*ties, *ties.values()} if not head else set()
         found += [name for name in tables(workload) if f"{name}.weight" not in shared]
     return {
-        name: blocks.to_nearest(
-            matrix(module.get_submodule(name)).detach(), bits=8, block=block, symmetric=symmetric
-        )
+        name: blocks.to_nearest(matrix(module.get_submodule(name)).detach(), bits=8, block=block, symmetric=symmetric)
         for name in found
     }
 

@@ -72,8 +72,8 @@ def write(
         raise UsageError(f"A graph to quantize must be fp32; {base.folder} is {base.precision}.")
     with new_folder(folder) as place:
         path = place / MODEL_FILE
-        own = base is None or plan.state  # weights that the float artifact does not have
-        graph = export(dequantized(workload, plan)) if own else onnx.load(base.model_file)
+        usable = None if plan.state else base  # the float artifact has other weights than those of the plan's state
+        graph = onnx.load(usable.model_file) if usable else export(dequantized(workload, plan))
         if plan.scheme == "fp32":
             onnx.save(graph, path)
         elif plan.scheme in REWRITERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import edgepress as ep
@@ -15,6 +16,7 @@ from edgepress.compress.quantize.hqq import hqq
 from edgepress.compress.quantize.sequential import calibrated
 from edgepress.compress.score.readers import Moments
 from edgepress.errors import UsageError
+from edgepress.models.data import Data
 from edgepress.models.dequantize import dequantized
 from edgepress.models.layers import matrix
 from edgepress.plan import Codes
@@ -136,21 +138,20 @@ def test_no_row_is_worse_than_rounded_to_nearest(
     assert bool((distance(fitted) <= distance(plain) * (1 + 1e-5) + 1e-6).all())
 
 
-def test_hqq_finds_what_a_search_of_the_grid_does() -> None:
-    """Of one block with an outlier: the loss over a fine lattice of scales and all zero points is little less."""
-    weight = torch.randn(1, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    weight[0, 3] = 6.0
-
-    def loss(scale: Tensor, zero: int) -> Tensor:
-        numbers = (weight / scale[:, None] + zero).round().clamp(0, 15)
-        return ((weight - scale[:, None] * (numbers - zero)).abs() ** 0.7).sum(dim=1)
-
-    scales = torch.linspace(0.05, 0.8, 2000, dtype=torch.float64)
-    best = min(float(loss(scales, zero).min()) for zero in range(16))
-    plain = blocks.to_nearest(weight, bits=4, block=16, symmetric=False)
-    found = hqq(weight, block=16)
-    ours, nearest = ((weight - one.weight()).abs() ** 0.7 for one in (found, plain))
-    assert best <= float(ours.sum()) < float(nearest.sum()) - 0.4 * (float(nearest.sum()) - best)
+def test_hqq_gains_a_good_part_of_what_a_search_of_all_grids_would() -> None:
+    """The search is over 400 scales and all zero points, of blocks some of whose weights are outliers."""
+    torch.manual_seed(0)
+    weight = torch.distributions.StudentT(torch.tensor(4.0)).sample((60, 32)).double()
+    span = (weight.amax(dim=1) - weight.amin(dim=1)) / 15
+    best = torch.full((60,), torch.inf, dtype=torch.float64)
+    for share in torch.linspace(0.4, 1.15, 400).tolist():
+        scale = (span * share)[:, None]
+        for zero in range(16):
+            numbers = (weight / scale + zero).round().clamp(0, 15)
+            best = torch.minimum(best, ((weight - scale * (numbers - zero)).abs() ** 0.7).sum(dim=1))
+    plain, found = blocks.to_nearest(weight, bits=4, block=32, symmetric=False), hqq(weight)
+    nearest, ours = (float(((weight - one.weight()).abs() ** 0.7).sum()) for one in (plain, found))
+    assert float(best.sum()) <= ours < nearest - 0.4 * (nearest - float(best.sum()))
 
 
 def test_awq_takes_the_best_exponent() -> None:
@@ -189,24 +190,22 @@ def test_layers_are_calibrated_on_what_quantized_ones_hand_them(with_rows: Any) 
 
 
 @pytest.mark.parametrize("method", int4.METHODS)
-def test_every_model_and_way_of_rounding(any_model: str, method: str, with_rows: Any) -> None:
-    """The plan names every linear layer; its state alone, without rounding, computes the same function."""
+def test_every_model_and_way_of_rounding(any_model: str, method: str, with_rows: Any, monkeypatch: Any) -> None:
+    """Rounded to 8 bits in each way, so that little is lost even by weights drawn at random: what is folded, and the
+    codes of what is, must compute the same function."""
+    monkeypatch.setattr(int4, "BITS", 8)
+    torch.manual_seed(0)
     workload = with_rows(any_model)
     before = {name: tensor.clone() for name, tensor in workload.module.state_dict().items()}
     plan = int4.quantize(workload, method=method, block=16)
     assert all(torch.equal(tensor, before[name]) for name, tensor in workload.module.state_dict().items())
     assert set(plan.weights) == set(plan.codes) >= set(int4.choice.products(workload))
-    fine = {}
-    for name, codes in plan.codes.items():
-        assert codes.codes.shape == matrix(workload.module.get_submodule(name)).shape
-        assert torch.isfinite(codes.weight()).all()
-        fine[name] = codes
     changed = dequantized(workload, plan)
     batch = next(workload.data.calibration.batches(10))
     with torch.no_grad():
         wanted, found = workload.forward(batch.inputs), changed.forward(batch.inputs)
-    assert torch.isfinite(found).all()
-    assert float((found - wanted).norm()) < 0.5 * float(wanted.norm())
+    limit = 0.25 if any_model.startswith("t5") else 0.12  # whose attention is not scaled, so that its softmax is steep
+    assert float((found - wanted).norm()) < limit * float(wanted.norm())
 
 
 def test_eight_bits_lose_next_to_nothing(with_rows: Any, output_error: Any) -> None:
@@ -217,22 +216,20 @@ def test_eight_bits_lose_next_to_nothing(with_rows: Any, output_error: Any) -> N
     assert errors["8"] < 0.02 * errors["4"]
 
 
-def test_scales_that_are_folded_leave_the_function_as_it_is(with_rows: Any, monkeypatch: Any) -> None:
-    """With rounding left out, AWQ's plan computes what the model does: in float32, which scales are kept in."""
+def test_scales_that_are_folded_leave_the_function_as_it_is(with_rows: Any) -> None:
     workload = with_rows("llama")
-    kept: dict[str, Tensor] = {}
-
-    def exact(weight: Tensor, **_: Any) -> Codes:
-        wide = 2.0**20
-        kept[f"{len(kept)}"] = weight
-        return Codes(32, 16, (weight * wide).round() + 2**31, torch.full((len(weight), -(-weight.shape[1] // 16)), 1 / wide), torch.full((len(weight), -(-weight.shape[1] // 16)), 2.0**31))
-
-    del exact, monkeypatch, kept
-    names = int4.choice.products(workload)
-    made = [tensor.maker for tensor in inputs(workload, names)]
-    assert all(made)
-    plan = int4.quantize(workload, method="awq", block=16)
-    assert any("layernorm" in name for name in plan.state)
+    batch = next(workload.data.calibration.batches(10))
+    tensors = inputs(workload, int4.choice.products(workload))
+    form = {"bits": 4, "block": 16, "symmetric": False}
+    with torch.no_grad():
+        wanted = workload.forward(batch.inputs)
+        before = {name: tensor.clone() for name, tensor in workload.module.state_dict().items()}
+        for tensor, moments in calibrated(workload, tensors, rows=10):
+            assert tensor.maker
+            int4._scale(workload, tensor, moments, {}, form)
+        torch.testing.assert_close(workload.forward(batch.inputs), wanted, rtol=1e-9, atol=1e-9)
+    changed = [name for name, tensor in workload.module.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert len(changed) > len(tensors)
 
 
 def test_a_tied_table_is_in_eight_bits_with_its_head_or_not_at_all() -> None:
@@ -244,7 +241,8 @@ def test_a_tied_table_is_in_eight_bits_with_its_head_or_not_at_all() -> None:
 
 
 def test_wrong_options(with_rows: Any) -> None:
-    workload = with_rows("llama", 0)
+    workload = with_rows("llama")
+    workload = replace(workload, data=Data.empty())
     for options, message in (
         ({"method": "best"}, "no way 'best'"),
         ({"block": 24}, "block of 24"),
