@@ -41,8 +41,8 @@ def _fuse(graph: ir.Graph, softmax: ir.Node, wide: dict[ir.Value, ir.Value]) -> 
         merged = _merged(product)
     if product is None or merged is None or softmax.attributes.get_int("axis", -1) not in {-1, 3}:
         return False
-    scores, mask = _without_mask(softmax.inputs[0])
-    scores, scale = _without_scale(scores)
+    scaled, mask = _without_mask(softmax.inputs[0])
+    scores, scale = _without_scale(scaled)
     if scores is None or scores.op_type != "MatMul":
         return False
     query, value = _heads(scores.inputs[0]), _heads(product.inputs[1])
@@ -132,8 +132,9 @@ def _heads(value: ir.Value | None, perm: tuple[int, ...] = (0, 2, 1, 3)) -> Head
     if flat is None or flat.shape is None or len(flat.shape) != 3 or len(shape) != 4:
         return None
     heads, size = shape[2], shape[3]
-    whole = isinstance(heads, int) and isinstance(size, int) and flat.shape[2] == heads * size
-    return Heads(flat, int(heads), int(size)) if whole else None
+    if not isinstance(heads, int) or not isinstance(size, int) or flat.shape[2] != heads * size:
+        return None
+    return Heads(flat, heads, size)
 
 
 def _before_transpose(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:

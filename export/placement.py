@@ -8,7 +8,7 @@ after the look-up. Nothing is left to ONNX Runtime's own fusions to find.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,11 +80,11 @@ def products(graph: ir.Graph, plan: QuantizationPlan) -> list[Product]:
         if not name or node.op_type not in {"MatMul", "Gemm"}:
             continue
         weight = _constant(node.inputs[1])
-        if weight is None or weight.ndim != 2 or node.attributes.get_int("transA", 0):
+        if weight is None or weight.ndim != 2 or (node.attributes.get_int("transA") or 0):
             continue
         bias, last = None, node
         if node.op_type == "Gemm":
-            weight = (weight.T if node.attributes.get_int("transB", 0) else weight) * node.attributes.get_float(
+            weight = (weight.T if node.attributes.get_int("transB") else weight) * node.attributes.get_float(
                 "alpha", 1.0
             )
             if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -115,7 +115,7 @@ def _constant(value: ir.Value | None) -> Float | None:
 
 def _bias_after(node: ir.Node, width: int) -> tuple[ir.Node, Float] | None:
     """The only reader of a product's result where it adds a constant vector, and that vector."""
-    uses = node.outputs[0].uses()
+    uses = tuple(node.outputs[0].uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
         return None
     bias = _constant(uses[0].node.inputs[1 - uses[0].idx])
@@ -130,7 +130,8 @@ def _smooth(product: Product, plan: QuantizationPlan) -> Float:
     made = scales.numpy().astype(np.float32)
     if made.shape != product.weight.shape[:1] or not (np.isfinite(made).all() and (made > 0).all()):
         raise InputError(
-            f"The plan smooths '{product.name}' by {made.shape} scales; it takes {product.weight.shape[0]} positive ones."
+            f"The plan smooths '{product.name}' by {made.size} scales, the least {made.min(initial=np.inf):g}; "
+            f"it takes {product.weight.shape[0]} positive ones."
         )
     return made
 
@@ -159,7 +160,7 @@ def _place_products(graph: ir.Graph, siblings: Sequence[Product], plan: Quantiza
         constants = [constant(graph, f"{first.name}.input_scale", scale)]
         constants.append(constant(graph, f"{first.name}.input_zero_point", zero))
         quantize = ir.node("QuantizeLinear", [value, *constants], name=f"{first.name}/QuantizeLinear")
-        quantized = (quantize.outputs[0], *constants)
+        quantized = (quantize.outputs[0], constants[0], constants[1])
     else:
         quantize = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{first.name}/DynamicQuantizeLinear")
         quantized = (quantize.outputs[0], quantize.outputs[1], quantize.outputs[2])
@@ -193,7 +194,7 @@ def _signed(product: Product, plan: QuantizationPlan) -> tuple[NDArray[np.int8],
         codes = np.clip(np.rint(weight / scales), -LARGEST, LARGEST).astype(np.int8)
         return codes, scales.astype(np.float32)
     fits = given.codes.shape == product.weight.shape[::-1] and given.scales.shape[1] == 1
-    if not fits or given.bits > 8 or len(given.zeros.unique()) != 1:
+    if not fits or given.bits > 8 or int(given.zeros.min()) != int(given.zeros.max()):
         raise InputError(
             f"The plan's codes of '{product.name}' are {tuple(given.codes.shape)} with {given.scales.shape[1]} scales "
             f"a row; int8 takes {product.weight.shape[::-1]} with one, and one zero for all."
@@ -212,23 +213,17 @@ def _unsigned(low: float, high: float, name: str) -> tuple[Float, NDArray[np.uin
 
 
 def _place_table(graph: ir.Graph, node: ir.Node) -> None:
-    """A look-up in 8 bits; nothing where the table is no constant, and one table for all that read it."""
-    table = _constant(node.inputs[0])
-    if table is None:
+    """A look-up of rows in 8 bits, each row with its own scale; nothing where they are not rows of a constant."""
+    table, name = _constant(node.inputs[0]), node.inputs[0].name if node.inputs[0] is not None else ""
+    if table is None or table.ndim != 2 or node.attributes.get_int("axis", 0) != 0:
         return
-    name = node.inputs[0].name if node.inputs[0] is not None else None
-    scale = np.float32(max(float(np.abs(table).max()), float(np.finfo(np.float32).tiny)) / LARGEST)
-    codes = np.clip(np.rint(table / scale), -LARGEST, LARGEST).astype(np.int8)
-    looked = ir.node(
-        "Gather",
-        [constant(graph, f"{name}.quantized", codes), node.inputs[1]],
-        {"axis": node.attributes.get_int("axis", 0)},
-        name=node.name,
+    scales = np.maximum(np.abs(table).max(axis=1, keepdims=True), np.finfo(np.float32).tiny * LEVELS) / LARGEST
+    codes = np.clip(np.rint(table / scales), -LARGEST, LARGEST).astype(np.int8)
+    looked, scale = (
+        ir.node("Gather", [constant(graph, f"{name}.{part}", array), node.inputs[1]], name=f"{node.name}/{part}")
+        for part, array in (("codes", codes), ("scales", scales.astype(np.float32)))
     )
-    back = ir.node(
-        "DequantizeLinear",
-        [looked.outputs[0], constant(graph, f"{name}.scale", np.asarray(scale))],
-        name=f"{node.name}/DequantizeLinear",
-    )
-    graph.insert_before(node, [looked, back])
+    cast = ir.node("Cast", [looked.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{node.name}/Cast")
+    back = ir.node("Mul", [cast.outputs[0], scale.outputs[0]], name=f"{node.name}/Mul")
+    graph.insert_before(node, [looked, scale, cast, back])
     take_place(graph, node, back.outputs[0])
