@@ -51,7 +51,7 @@ def corrected(
         if layers[0] in means:
             so_far = replace(plan, state={**plan.state, **found})
             with quantized(workload.module, so_far):
-                now = _means(workload, [layers[0]], plan, rows=rows, seed=seed)[layers[0]][1]
+                now = _rounded_mean(workload, layers[0], rows=rows, seed=seed)
             with holding(workload.module, plan.state):
                 found.update(_biases(workload, plan, layers, means[layers[0]][0], now))
     return found
@@ -78,6 +78,13 @@ def _means(
 
     visit(workload, names, see, rows=rows, seed=seed, progress=progress)
     return {name: (plain.value, after.value) for name, (plain, after) in found.items()}
+
+
+def _rounded_mean(workload: Workload, name: str, *, rows: int, seed: int) -> Tensor:
+    """The mean of what a layer of a quantized model is given, which is rounded by then, float64 [in]."""
+    mean = Mean()
+    visit(workload, [name], lambda _, x: mean.add(x), rows=rows, seed=seed)
+    return mean.value
 
 
 def _biases(

@@ -28,7 +28,7 @@ SMOOTH = ("none", "folded", "all")
 def quantize(
     workload: Workload,
     *,
-    observer: str = "mse",
+    observer: str = "minmax",
     smooth: str = "all",
     correct_bias: bool = True,
     rows: int = 128,

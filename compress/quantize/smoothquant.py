@@ -14,8 +14,8 @@ the plain half of a gated feed-forward. The norm of a post-norm block also feeds
 scale through. There the input is divided at run time: one product with a vector for each tensor, which all layers that
 read it share and a backend merges into their quantization. It is used only where it takes ``PAYS`` of the error away.
 
-Scaling a LayerNorm's weight and bias by channel so that one scale and zero point serve all channels of its output is
-also what RepQ-ViT (Li et al. 2023, arXiv 2212.08254) does; its shift of the channels' middles is in :mod:`.fold_norm`.
+Scaling a LayerNorm's weight and bias by channel so that one scale serves all channels of its output is also what
+RepQ-ViT does (Li et al. 2023, arXiv 2212.08254); its shift of the channels' middles is not done here.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ def test_no_activation_outlives_its_batch(with_rows: Callable[..., Any]) -> None
 def test_what_cannot_be_calibrated_is_said_in_a_sentence(with_rows: Callable[..., Any]) -> None:
     workload = with_rows("bert")
     names = products(workload)
-    with pytest.raises(UsageError, match="no observer 'best'.*minmax"):
+    with pytest.raises(UsageError, match=r"no observer 'best'.*minmax"):
         ranges(workload, names, observe="best")
     with torch.no_grad():
         workload.module.bert.encoder.layer[0].intermediate.dense.weight[0, 0] = math.nan

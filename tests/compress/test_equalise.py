@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_ranges_meet_and_the_function_stays(build: Callable[[], Workload]) -> No
         wanted = workload.module(x)
         with holding(workload.module, state):
             assert torch.allclose(workload.module(x), wanted, rtol=1e-10, atol=1e-10)
-    for first, second in zip(names, names[1:], strict=False):
+    for first, second in pairwise(names):
         before = torch.stack(_ranges(workload, first, second, {})).log()
         after = torch.stack(_ranges(workload, first, second, state)).log()
         assert (before[0] - before[1]).abs().max() > 0.5
