@@ -615,7 +615,9 @@ def quantize(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    scheme: Annotated[str, typer.Option("--scheme", help="int8-dynamic.")] = "int8-dynamic",
+    scheme: Annotated[
+        str, typer.Option("--scheme", help="int8, int8-dynamic, int8-weight, int4, fp16 or bf16.")
+    ] = "int8-dynamic",
     out: Annotated[Path, typer.Option("-o", "--out", help="Artifact folder to write.")] = Path("quantized"),
     json_: Json = False,
     verbose: Verbose = False,

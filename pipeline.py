@@ -95,8 +95,8 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     """
     target = targets.parse(recipe.target)
     scorers.get(recipe.score.method)
-    if recipe.quantize:
-        quantizers.get(recipe.quantize.scheme)
+    for scheme in recipe.quantize.tried() if recipe.quantize else ():
+        quantizers.get(scheme)
     show = display or Silent()
     with claimed(out, recipe):
         workload = workloads.load(
@@ -131,6 +131,8 @@ class _Run:
         self.trace: Mapping[str, Any] = {}
         self.scores: scorers.Scores | None = None
         self.losses: predicted.Predicted | None = None
+        self.schemes = recipe.quantize.tried() if recipe.quantize else ()
+        self.precision = "fp32"
         facts = {"edgepress": __version__, "workload": workload.fingerprint(), "seed": recipe.seed}
         self.stages = Stages(out, facts, show)
 
@@ -139,24 +141,23 @@ class _Run:
     def baseline(self) -> Variant:
         """The original in FP32, in the graph form that is fastest on the target."""
         depends = {"target": self.target, "shape": [self.recipe.measure.batch, self.recipe.measure.sequence]}
-        return self._artifact("baseline", "original fp32", self.workload, QuantizationPlan("fp32"), depends, None)
+        return self._artifact("baseline", "original fp32", self.workload, "fp32", depends, None)
 
     def _artifact(  # noqa: PLR0917
         self,
         name: str,
         title: str,
         workload: Workload,
-        plan: QuantizationPlan,
+        scheme: str,
         depends: Mapping[str, Any],
         base: Variant | None,
     ) -> Variant:
-        """Export, choose the graph form by measuring, judge the quality through the file."""
+        """Export in a scheme, choose the graph form by measuring, judge the quality through the file."""
 
         def make(place: Path, progress: Progress) -> dict[str, Any]:
+            plan = quantizers.quantize(workload, scheme) if scheme != "fp32" else QuantizationPlan("fp32")
             progress(0, 0, "exporting")
-            float_graph = (
-                base.artifact if base and base.artifact.precision == "fp32" and plan.scheme != "fp32" else None
-            )
+            float_graph = base.artifact if base and base.artifact.precision == "fp32" and scheme != "fp32" else None
             written = onnx.write(workload, plan, place / "artifact", name=title, base=float_graph)
             written = self._fastest_form(written, progress)
             with onnx.open_session(written, threads=self.threads) as session:
@@ -168,7 +169,7 @@ class _Run:
             judged = metrics.quality(metric, answers, labels, original=original, seed=self.recipe.seed)
             return {"quality": asdict(judged)}
 
-        facts = {**depends, "plan": plan.to_json(), "title": title, "base": base.key if base else None}
+        facts = {**depends, "scheme": scheme, "title": title, "base": base.key if base else None}
         key, folder, result = self.stages.run(name, facts, make)
         if name == "baseline":
             self._baseline_folder = folder
@@ -228,10 +229,11 @@ class _Run:
         original = self.baseline()
         _check_sane(original.quality, self.workload)
         variants = [original]
-        whole = self._quantized("int8", "int8 only", self.workload, original, original)
+        wholes = [self._quantized(scheme, scheme, f"{scheme} only", self.workload, original) for scheme in self.schemes]
+        whole = self._fastest([variant for variant in wholes if variant])
         if whole:
             variants.append(whole)
-        self.precision = whole.artifact.precision if whole else "fp32"
+            self.precision = whole.artifact.precision
         for number, level in enumerate(self._levels(original, variants[-1]), 1):
             found = self._level(number, level, original)
             variants += found
@@ -276,14 +278,22 @@ class _Run:
         first, second = self._quick([original.artifact, last.artifact])
         return not unmet(limits, second.p50, first.p50 / second.p50, last.artifact.size_bytes)
 
-    def _quantized(self, name: str, title: str, workload: Workload, base: Variant, before: Variant) -> Variant | None:
-        """``base`` in the recipe's scheme; None where there is none, or where the gate refuses it."""
-        if self.recipe.quantize is None:
-            return None
-        plan = quantizers.quantize(workload, self.recipe.quantize.scheme)
-        depends = {"scheme": self.recipe.quantize.model_dump()}
-        variant = self._artifact(name, title, workload, plan, depends, base)
-        return variant if self.judge(name, before, variant) else None
+    def _quantized(self, name: str, scheme: str, title: str, workload: Workload, base: Variant) -> Variant | None:
+        """``base``, which is in float, in a scheme; None where the gate refuses it."""
+        variant = self._artifact(name, title, workload, scheme, {}, base)
+        return variant if self.judge(name, base, variant) else None
+
+    def _fastest(self, variants: list[Variant]) -> Variant | None:
+        """The fastest of several, measured interleaved; a stage, so that a run that goes on takes the same."""
+
+        def make(_: Path, progress: Progress) -> dict[str, Any]:
+            taken = self._quick([variant.artifact for variant in variants], progress)
+            return {"fastest": min(range(len(taken)), key=lambda i: taken[i].p50)}
+
+        if len(variants) < 2:
+            return variants[0] if variants else None
+        _, _, result = self.stages.run("scheme", {"variants": [variant.key for variant in variants]}, make)
+        return variants[int(result["fastest"])]
 
     def _scores(self) -> scorers.Scores:
         options = self.recipe.score
@@ -360,14 +370,17 @@ class _Run:
         if options.steps:
             folder = self._recovered(number, facts, pruned)
             pruned = self._read(folder / "checkpoint")
-        name, plan = f"export-{number}", QuantizationPlan("fp32")
-        small = self._artifact(name, f"pruned {number} fp32", pruned, plan, facts, original)
+        name = f"export-{number}"
+        small = self._artifact(name, f"pruned {number} fp32", pruned, "fp32", facts, original)
         if not self.judge(name, original, small):
             return []
-        title = f"pruned {number} int8"
-        quantized = self._quantized(f"quantize-{number}", title, pruned, small, small)
+        found = [small]
+        if self.precision != "fp32":
+            title = f"pruned {number} {self.precision}"
+            quantized = self._quantized(f"quantize-{number}", self.precision, title, pruned, small)
+            found += [quantized] if quantized else []
         how = Pruned(folder / "checkpoint", pruned.plan, fitted_to, self.trace)
-        return [replace(variant, pruned=how) for variant in (small, quantized) if variant]
+        return [replace(variant, pruned=how) for variant in found]
 
     def _recovered(self, number: int, facts: Mapping[str, Any], pruned: Workload) -> Path:
         """The folder of the stage that trains ``pruned``; a killed one goes on from its last state."""

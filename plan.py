@@ -10,9 +10,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, order=True)
@@ -120,6 +123,27 @@ def _nth_survivors(gone: frozenset[int], wanted: tuple[int, ...]) -> list[int]:
     return survivors
 
 
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A weight [out, in] in few bits: ``scales[o, i // block] * (codes[o, i] - zeros[o, i // block])``.
+
+    ``codes`` is uint8 [out, in] and holds whole numbers below ``2 ** bits``; ``scales`` is float32 and ``zeros`` uint8,
+    both [out, ceil(in / block)].
+    """
+
+    bits: int
+    block: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def weight(self) -> Tensor:
+        """What the codes stand for, float32 [out, in]."""
+        columns = self.codes.shape[1]
+        scales, zeros = (part.repeat_interleave(self.block, 1)[:, :columns] for part in (self.scales, self.zeros))
+        return scales * (self.codes.to(scales.dtype) - zeros.to(scales.dtype))
+
+
 @dataclass(frozen=True)
 class QuantizationPlan:
     """The precision of each operator, by the name of the module that holds its weight.
@@ -127,13 +151,22 @@ class QuantizationPlan:
     ``scheme`` is the command-line word (``"int8-dynamic"``, ``"int8"``, ``"fp32"`` …). ``weights`` maps a module name
     to the type its weight is stored in (``"int8"``); a module that is not listed stays in float. ``activations`` maps a
     module name to the (low, high) range of its input where the scheme is static, and is empty where it is dynamic.
+    ``state`` holds entries of the model's state dict that take the place of its own (smoothed weights, corrected
+    biases). ``codes`` are weights that a method has rounded itself; others are rounded to nearest as they are written.
+    ``smooth`` maps a module name to a positive scale for each of its input channels, [in]: the input over it is what
+    is quantized, to the range in ``activations``, and the weight's columns times it are what is rounded. Modules that
+    read the same tensor share one scale.
     """
 
     scheme: str
     weights: Mapping[str, str] = field(default_factory=dict)
     activations: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    codes: Mapping[str, Codes] = field(default_factory=dict, compare=False)
+    smooth: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
+        """All but the tensors."""
         return {
             "scheme": self.scheme,
             "weights": dict(self.weights),

@@ -94,8 +94,15 @@ class Recover(_Strict):
     """Judgements without better weights after which training ends; 0 for never."""
 
 
+SCHEMES = ("int8", "int8-dynamic")
+
+
 class Quantize(_Strict):
-    scheme: str = "int8-dynamic"
+    scheme: str = "auto"
+    """Of the weights and activations; ``auto`` takes the fastest of ``SCHEMES`` that keeps within the drop."""
+
+    def tried(self) -> tuple[str, ...]:
+        return SCHEMES if self.scheme == "auto" else (self.scheme,)
 
 
 class Measure(_Strict):

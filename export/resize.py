@@ -18,16 +18,18 @@ from onnx import numpy_helper
 
 @dataclass(frozen=True)
 class Resize:
-    """How the initializers of a graph change with the units kept of some sites: by name, what one unit adds.
+    """How a graph changes with the units kept of some sites: what one unit adds.
 
-    ``shapes`` are those whose dimensions change, ``values`` the small integer tensors, targets of reshapes and the
-    like, whose entries do.
+    ``shapes`` are the initializers, by name, whose dimensions change, ``values`` the small integer tensors, targets of
+    reshapes and the like, whose entries do, and ``attributes`` the whole numbers of nodes, by position and name, such
+    as how many heads an ``Attention`` has.
     """
 
     count: int
     """Units of each site in the whole graph."""
     shapes: dict[str, tuple[int, ...]]
     values: dict[str, tuple[int, ...]]
+    attributes: dict[tuple[int, str], int]
 
     def apply(self, model: onnx.ModelProto, kept: int) -> None:
         """Change ``model``, which holds the whole sites, into one that holds ``kept`` units of each."""
@@ -43,6 +45,10 @@ class Resize:
             else:
                 continue
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        for (position, name), step in self.attributes.items():
+            for attribute in model.graph.node[position].attribute:
+                if attribute.name == name:
+                    attribute.i -= less * step
 
 
 def between(whole: onnx.ModelProto, fewer: onnx.ModelProto, count: int) -> Resize | None:
@@ -64,7 +70,13 @@ def between(whole: onnx.ModelProto, fewer: onnx.ModelProto, count: int) -> Resiz
             difference = numpy_helper.to_array(large).ravel() - numpy_helper.to_array(small).ravel()
             if difference.any():
                 values[large.name] = tuple(difference.tolist())
-    return Resize(count, shapes, values)
+    attributes = {
+        (position, large.name): large.i - small.i
+        for position, (more, less) in enumerate(zip(ours.node, theirs.node, strict=True))
+        for large, small in zip(more.attribute, less.attribute, strict=True)
+        if large.i != small.i
+    }
+    return Resize(count, shapes, values, attributes)
 
 
 def _nodes(graph: onnx.GraphProto) -> list[Any]:
@@ -78,9 +90,16 @@ def _nodes(graph: onnx.GraphProto) -> list[Any]:
     return [
         (
             node.op_type,
-            [attribute.SerializeToString(deterministic=True) for attribute in node.attribute],
+            [_without_heads(attribute) for attribute in node.attribute],
             numbered(node.input),
             numbered(node.output),
         )
         for node in graph.node
     ]
+
+
+def _without_heads(attribute: onnx.AttributeProto) -> bytes:
+    """An attribute as bytes, without its value where that counts heads."""
+    if not attribute.name.endswith("num_heads"):
+        return bytes(attribute.SerializeToString(deterministic=True))
+    return str(attribute.name).encode()

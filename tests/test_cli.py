@@ -251,7 +251,7 @@ def test_labels_the_wrong_way_round(
         (["score", "zoo:minilm-reviews", "--method", "fisher,nope"], "no score 'nope'"),
         (["score", "zoo:minilm-reviews", "-o", "scores.txt"], "neither a folder nor a file that ends in .json"),
         (["score", "zoo:minilm-reviews", "-o", "/dev/null"], "neither a folder nor"),
-        (["quantize", "zoo:minilm-reviews", "--scheme", "int4"], "not available yet"),
+        (["quantize", "zoo:minilm-reviews", "--scheme", "fp8"], "not available yet"),
         (["quantize", "zoo:minilm-reviews", "--scheme", "int3"], "no scheme 'int3'"),
         (["export", "zoo:minilm-reviews", "--to", "openvino"], "not available yet"),
         (["prune", "zoo:minilm-reviews", "--recover", "hope"], "no recovery 'hope'"),

@@ -1,8 +1,8 @@
-"""Inputs: running moments of what linear layers are given on calibration rows."""
+"""Inputs: what linear layers are given on calibration rows, and its running moments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,12 +38,36 @@ def moments(
 
     Memory is one matrix [in, in] in float32 a layer. Raises UsageError where there are no rows.
     """
+    found: dict[str, Moments] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        if name not in found:
+            found[name] = Moments.nothing(x.shape[1], x, gram=True)
+        found[name].add(x)
+
+    visit(workload, names, see, rows=rows, seed=seed, progress=progress)
+    return found
+
+
+def visit(
+    workload: Workload,
+    names: Iterable[str],
+    see: Callable[[str, Tensor], None],
+    *,
+    rows: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Call ``see`` with the name of each layer in ``names`` and its inputs [tokens, in], batch after batch.
+
+    They are those of ``rows`` calibration rows, padding left out. Raises UsageError where there are no rows.
+    """
     sample = workload.data.calibration.take(rows, seed)
     if not len(sample):
         raise UsageError(f"What the layers of {workload.name} are given is not known without rows; give --data.")
     seen, handles = Seen(), []
     for name in names:
-        hook = _hook(seen, name, _site(workload, name))
+        hook = _hook(seen, name, site_of(workload, name), see)
         handles.append(workload.module.get_submodule(name).register_forward_pre_hook(hook))
     batches = -(-len(sample) // BATCH)
     try:
@@ -56,20 +80,16 @@ def moments(
     finally:
         for handle in handles:
             handle.remove()
-    return seen.moments
 
 
-def _site(workload: Workload, name: str) -> Site:
+def site_of(workload: Workload, name: str) -> Site:
     """A site of the block that the layer is in, which says how its inputs lie."""
     sites = (site for site in workload.structure.sites if site.block and name.startswith(f"{site.block}."))
     return next(sites, Site("layer", 0, 1))
 
 
-def _hook(seen: Seen, name: str, site: Site) -> Any:
+def _hook(seen: Seen, name: str, site: Site, see: Callable[[str, Tensor], None]) -> Any:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = seen.tokens(name, site, args[0])
-        if name not in seen.moments:
-            seen.moments[name] = Moments.nothing(x.shape[1], x, gram=True)
-        seen.moments[name].add(x)
+        see(name, seen.tokens(name, site, args[0]))
 
     return hook

@@ -11,8 +11,8 @@ last bit, all passes run from the start. So do those of batches whose states are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from ...models.structure import Site, Structure
 from ...models.workload import Workload
 from ..score.ablation import recorded, skipped
 from ..score.readers import first
+
+Found = TypeVar("Found")
 
 
 class Replay:
@@ -39,13 +41,17 @@ class Replay:
     def at(self, site: Site, number: int) -> list[tuple[Tensor, Tensor]]:
         """Of batch ``number`` the input of the site's consumer and the residual sum after it, each [batch, sequence,
         features]: once, or every time that a shared block runs."""
+        return self.through(site.block, number, lambda inputs: _seen(self.workload, site, inputs))
+
+    def through(self, block: str, number: int, look: Callable[[Mapping[str, Tensor]], Found]) -> Found:
+        """What ``look`` returns, which runs the model on the inputs of batch ``number`` to the end of ``block``."""
         module, structure = self.workload.module, self.workload.structure
         early, self.done[number] = self.done[number], {}
-        if site.block in early:  # the order of the visits is not that in which the blocks run
+        if block in early:  # the order of the visits is not that in which the blocks run
             early = {}
         with torch.no_grad(), skipped(module, early), recorded(module, structure) as made:
-            found = _seen(self.workload, site, self.batches[number].inputs)
-        made.pop(site.block, None)
+            found = look(self.batches[number].inputs)
+        made.pop(block, None)
         done = _furthest(structure, made)
         if self.possible and sum(map(_size, [*self.done, done])) <= self.workload.params:
             self.done[number] = done
@@ -79,7 +85,7 @@ def _size(outputs: Mapping[str, Any]) -> int:
     return sum(found.values())
 
 
-class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass once what it was run for has been seen
+class Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass once what it was run for has been seen
     pass
 
 
@@ -95,7 +101,7 @@ def _seen(workload: Workload, site: Site, inputs: Mapping[str, Tensor]) -> list[
     def keep(stream: Tensor) -> None:
         sums.append(stream)
         if not shared:
-            raise _Enough
+            raise Enough
 
     def next_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         keep(args[0])
@@ -110,7 +116,7 @@ def _seen(workload: Workload, site: Site, inputs: Mapping[str, Tensor]) -> list[
         handles.append(workload.module.get_submodule(site.block).register_forward_hook(block_output))
     try:
         workload.forward(inputs)
-    except _Enough:
+    except Enough:
         pass
     finally:
         for handle in handles:

@@ -10,8 +10,8 @@ from ...errors import UnavailableError, UsageError
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 
-METHODS = ("int8_dynamic",)
-PLANNED = ("int8", "int4", "fp16", "bf16", "fp8")
+METHODS = ("int8_dynamic", "int8", "int8_weight", "int4", "fp16", "bf16")
+PLANNED = ("fp8",)
 
 
 def get(name: str) -> ModuleType:

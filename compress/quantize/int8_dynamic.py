@@ -9,32 +9,18 @@ Source  onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
 from __future__ import annotations
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from ...errors import UsageError
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
+from .choice import products, recurrent, tables
 
 
 def quantize(workload: Workload, *, embeddings: bool = True) -> QuantizationPlan:
-    """Every linear layer inside the blocks and, with ``embeddings``, every embedding table.
+    """Every linear layer and LSTM inside the blocks and, with ``embeddings``, every large embedding table.
 
-    The layers after the last block stay in float: they are a thousandth of the work and decide the answer. In a model
-    without blocks every linear layer and every LSTM is quantized. UsageError where there is nothing of the kind.
+    UsageError where there is nothing of the kind.
     """
-    blocks = tuple(f"{stack.path}." for stack in workload.structure.stacks) or ("",)
-    weights = {
-        name: "int8"
-        for name, child in workload.module.named_modules()
-        if (_has_products(child) and name.startswith(blocks))
-        or (embeddings and isinstance(child, nn.Embedding) and child.weight.numel() >= 1 << 16)
-    }
-    if not weights:
+    names = [*products(workload), *recurrent(workload), *(tables(workload) if embeddings else ())]
+    if not names:
         raise UsageError(f"{workload.name} has no linear layer, LSTM or large table that int8-dynamic could quantize.")
-    return QuantizationPlan("int8-dynamic", weights)
-
-
-def _has_products(child: nn.Module) -> bool:
-    """A feed-forward layer all of whose channels went is still there, but computes nothing."""
-    return isinstance(child, nn.LSTM) or (isinstance(child, (nn.Linear, Conv1D)) and child.weight.numel() > 0)
+    return QuantizationPlan("int8-dynamic", dict.fromkeys(names, "int8"))

@@ -69,7 +69,7 @@ def test_dynamic_int8(pruned: Any, exported: Any, tmp_path: Path) -> None:
     plan = ep.quantize(pruned, "int8-dynamic", embeddings=True)
     small = ep.export(pruned, tmp_path / "int8", plan)
     assert small.precision == "int8-dynamic"
-    assert small.manifest.operators["MatMulInteger"] == len([n for n in plan.weights if ".layer." in n])
+    assert small.manifest.operators["MatMulIntegerToFloat"] == len([n for n in plan.weights if ".layer." in n])
     assert small.manifest.parity.cosine > 0.95
     assert small.size_bytes < 0.45 * exported.size_bytes
     with open_session(small) as session:

@@ -1,0 +1,134 @@
+"""Fake quantization against integer arithmetic, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from edgepress.compress.quantize.choice import products, tables
+from edgepress.compress.quantize.fake import grid, quantized
+from edgepress.models.layers import matrix
+from edgepress.plan import Codes, QuantizationPlan
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def _layer(kind: str) -> Any:
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 7) if kind == "Linear" else Conv1D(7, 12)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_a_layer_computes_what_integers_do(kind: str, smoothed: bool) -> None:
+    module, x, span = _layer(kind), torch.randn(50, 12), (-0.9, 2.3)
+    smooth = torch.rand(12) + 0.5 if smoothed else torch.ones(12)
+    plan = QuantizationPlan("int8", {"0": "int8"}, {"0": span}, smooth={"0": smooth} if smoothed else {})
+    with torch.no_grad(), quantized(module, plan):
+        found = module(x)
+    scale, zero = grid(span)
+    assert 0 <= zero <= 255
+    given = np.clip(np.rint((x / smooth).double().numpy() / scale) + zero, 0, 255).astype(np.int64)
+    weight = (matrix(module[0]).detach() * smooth).double().numpy()
+    scales = np.abs(weight).max(axis=1, keepdims=True) / 127
+    codes = np.rint(weight / scales).astype(np.int64)
+    assert np.abs(codes).max() == 127
+    whole = (given - zero) @ codes.T
+    expected = whole * scales[:, 0] * scale + module[0].bias.detach().double().numpy()
+    assert np.allclose(found.numpy(), expected, atol=1e-4)
+
+
+def test_dynamic_schemes_round_to_the_range_of_what_comes() -> None:
+    module = _layer("Linear")
+    for x in (torch.randn(9, 12), torch.rand(9, 12) + 1):
+        span = (min(float(x.min()), 0.0), float(x.max()))
+        static = QuantizationPlan("int8", {"0": "int8"}, {"0": span})
+        with torch.no_grad(), quantized(module, static):
+            expected = module(x)
+        with torch.no_grad(), quantized(module, QuantizationPlan("int8-dynamic", {"0": "int8"})):
+            assert torch.equal(module(x), expected)
+
+
+def test_codes_are_taken_as_they_are() -> None:
+    module, x = _layer("Conv1D"), torch.randn(9, 12)
+    random = torch.Generator().manual_seed(0)
+    codes = Codes(
+        4,
+        5,
+        torch.randint(0, 16, (7, 12), generator=random, dtype=torch.uint8),
+        torch.rand(7, 3, generator=random),
+        torch.randint(0, 16, (7, 3), generator=random, dtype=torch.uint8),
+    )
+    plan = QuantizationPlan("int4", {"0": "int4"}, codes={"0": codes})
+    with torch.no_grad(), quantized(module, plan):
+        assert torch.allclose(module(x), x @ codes.weight().T + module[0].bias, atol=1e-5)
+
+
+def _everything(workload: Any) -> QuantizationPlan:
+    weights = dict.fromkeys([*products(workload), *tables(workload)], "int8")
+    return QuantizationPlan("int8", weights, dict.fromkeys(products(workload), (-1.0, 1.0)))
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_the_module_is_what_it_was_afterwards_even_after_an_error(
+    learning: bool, with_rows: Callable[..., Any]
+) -> None:
+    workload = with_rows("gpt2")
+    plan, module = _everything(workload), workload.module
+    parameters = list(module.named_parameters(remove_duplicate=False))
+    hooks = [(len(child._forward_pre_hooks), len(child._forward_hooks)) for child in module.modules()]
+    with torch.no_grad():
+        before = workload.forward(workload.example)
+        with quantized(module, plan, learning=learning):
+            assert not torch.allclose(workload.forward(workload.example), before)
+        with pytest.raises(RuntimeError), quantized(module, plan, learning=learning):
+            module(torch.zeros(1, 3, 5, 7))
+        assert torch.equal(workload.forward(workload.example), before)
+    after = list(module.named_parameters(remove_duplicate=False))
+    assert [name for name, _ in after] == [name for name, _ in parameters]
+    assert all(a is b for (_, a), (_, b) in zip(after, parameters, strict=True))
+    assert [(len(child._forward_pre_hooks), len(child._forward_hooks)) for child in module.modules()] == hooks
+
+
+def test_a_table_is_rounded_and_the_layer_tied_to_it_is_not() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Any:
+            return self.table(ids), self.head(torch.eye(8)).T
+
+    module, ids = Tied(), torch.arange(20)
+    table = module.table.weight.detach().clone()
+    with torch.no_grad(), quantized(module, QuantizationPlan("int8", {"table": "int8"})):
+        looked_up, head = module(ids)
+    scale = table.abs().max() / 127
+    assert torch.allclose(looked_up, (table / scale).round() * scale, atol=1e-6)
+    assert torch.equal(head, table)
+
+
+def test_gradients_pass_straight_through_and_steps_take_effect() -> None:
+    module, x = _layer("Linear"), torch.randn(30, 12)
+    plan = QuantizationPlan("int8", {"0": "int8"}, {"0": (-1.0, 1.0)})
+    given = x.clone().requires_grad_()
+    with quantized(module, plan, learning=True):
+        out = module(given)
+        out.sum().backward()
+        step = grid((-1.0, 1.0))[0]
+        inside = (x > -1 - step / 4) & (x < 1 + step / 4)
+        clear = inside == ((x > -1 + step) & (x < 1 - step))
+        assert torch.equal((given.grad != 0)[clear], inside[clear])
+        rounded_x = (x / step).round().clamp(-128, 127) * step
+        assert torch.allclose(module[0].weight.grad, rounded_x.sum(0).expand(7, 12), atol=step * 30)
+        with torch.no_grad():
+            module[0].weight.add_(1.0)
+        assert not torch.allclose(module(x), out)

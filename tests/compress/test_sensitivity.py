@@ -1,0 +1,92 @@
+"""Sensitivity and mixed precision against models that were changed by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+import torch
+from edgepress.compress.quantize import int8, sensitivity
+from edgepress.compress.quantize.fake import grid
+from edgepress.errors import ConstraintError
+from edgepress.models.layers import matrix
+from edgepress.plan import QuantizationPlan
+
+
+def _distance_by_hand(workload: Any, plan: QuantizationPlan, names: Collection[str]) -> float:
+    """KL of classes, or squared error over the mean square, of a copy with rounded weights and inputs."""
+    module = copy.deepcopy(workload.module)
+    for name in names:
+        layer = module.get_submodule(name)
+        with torch.no_grad():
+            weight = matrix(layer)
+            scales = weight.abs().amax(dim=1, keepdim=True).float() / 127
+            weight.copy_((weight / scales).round() * scales)
+        step, zero = grid(plan.activations[name])
+
+        def hook(_: Any, args: Any, step: float = step, zero: int = zero) -> Any:
+            return ((args[0] / step).round().add(zero).clamp(0, 255).sub(zero) * step,)
+
+        layer.register_forward_pre_hook(hook)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in workload.data.calibration.batches(1):
+            wanted, found = workload.forward(row.inputs), workload.with_module(module, None, None).forward(row.inputs)
+            p, q = wanted.log_softmax(-1), found.log_softmax(-1)
+            total += float((p.exp() * (p - q)).sum(-1).mean())
+            count += 1
+    return total / count
+
+
+def _plan(workload: Any) -> QuantizationPlan:
+    return int8.quantize(workload, observer="minmax", smooth="none", correct_bias=False)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_each_operator_alone_and_all_but_it(name: str, with_rows: Callable[..., Any]) -> None:
+    workload = with_rows(name)
+    plan = _plan(workload)
+    found = sensitivity.measure(workload, plan)
+    assert found.alone.keys() == found.without.keys() == plan.weights.keys()
+    every = list(plan.weights)
+    assert found.whole == pytest.approx(_distance_by_hand(workload, plan, every), rel=1e-3)
+    for layer in every[::3]:
+        assert found.alone[layer] == pytest.approx(_distance_by_hand(workload, plan, [layer]), rel=1e-3)
+        others = [other for other in every if other != layer]
+        assert found.without[layer] == pytest.approx(_distance_by_hand(workload, plan, others), rel=1e-3)
+
+
+def test_the_fewest_operators_stay_in_float(with_rows: Callable[..., Any]) -> None:
+    workload = with_rows("bert")
+    plan = _plan(workload)
+    found = sensitivity.measure(workload, plan)
+    order = found.order()
+    trials = sensitivity.Trials(workload, rows=32, seed=0)
+    counts = []
+    for most in (0, 3, 7, len(order) - 1):
+        budget = trials.distance(plan, order[most:])
+        mixed = sensitivity.mixed(workload, plan, budget)
+        kept = [name for name in order if name not in mixed.weights]
+        assert kept == order[: len(kept)]
+        assert trials.distance(mixed, list(mixed.weights)) <= budget
+        assert not kept or trials.distance(plan, order[len(kept) - 1 :]) > budget
+        assert mixed.activations.keys() == mixed.weights.keys()
+        counts.append(len(kept))
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert counts[-1] > 1
+    with pytest.raises(ConstraintError, match="No operator of bert can be quantized"):
+        sensitivity.mixed(workload, plan, found.whole * 1e-9)
+
+
+def test_an_outlying_operator_is_the_first_to_stay(with_rows: Callable[..., Any]) -> None:
+    workload = with_rows("vit")
+    plan = _plan(workload)
+    bad = list(plan.weights)[4]
+    low, high = plan.activations[bad]
+    spoilt = QuantizationPlan("int8", plan.weights, {**plan.activations, bad: (low / 20, high / 20)})
+    found = sensitivity.measure(workload, spoilt)
+    assert found.order()[0] == bad
+    assert bad not in sensitivity.mixed(workload, spoilt, 0.5 * found.whole).weights
