@@ -147,10 +147,10 @@ def _hasten_gelus(graph: ir.Graph) -> None:
 def _place_products(graph: ir.Graph, siblings: Sequence[Product], plan: QuantizationPlan) -> None:
     """Products of one input, which is quantized once for them all."""
     first, smooth = siblings[0], _smooth(siblings[0], plan)
-    value = first.input
+    value, label = first.input, first.node.name or first.name  # a module that runs twice has two nodes
     if smooth.size:
         inverse = constant(graph, f"{first.name}.smooth", 1 / smooth)
-        divide = ir.node("Mul", [value, inverse], name=f"{first.name}/Smooth")
+        divide = ir.node("Mul", [value, inverse], name=f"{label}/Smooth")
         graph.insert_before(first.node, divide)
         value = divide.outputs[0]
     spans = [plan.activations.get(product.name) for product in siblings]
@@ -159,10 +159,10 @@ def _place_products(graph: ir.Graph, siblings: Sequence[Product], plan: Quantiza
         scale, zero = _unsigned(min(low for low, _ in known), max(high for _, high in known), first.name)
         constants = [constant(graph, f"{first.name}.input_scale", scale)]
         constants.append(constant(graph, f"{first.name}.input_zero_point", zero))
-        quantize = ir.node("QuantizeLinear", [value, *constants], name=f"{first.name}/QuantizeLinear")
+        quantize = ir.node("QuantizeLinear", [value, *constants], name=f"{label}/QuantizeLinear")
         quantized = (quantize.outputs[0], constants[0], constants[1])
     else:
-        quantize = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{first.name}/DynamicQuantizeLinear")
+        quantize = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{label}/DynamicQuantizeLinear")
         quantized = (quantize.outputs[0], quantize.outputs[1], quantize.outputs[2])
     graph.insert_before(first.node, quantize)
     for product in siblings:
