@@ -55,6 +55,23 @@ def narrow(graph: onnx.ModelProto, scheme: str) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
+def emulated(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """A bfloat16 graph for a runtime that only casts to it: weights and casts are rounded, all is computed in float32."""
+    model = ir.from_proto(graph)
+    for value in list(model.graph.initializers.values()):
+        if value.dtype == ir.DataType.BFLOAT16 and value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+    for node in list(model.graph):
+        if node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.BFLOAT16:
+            back = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{node.name}/Back")
+            node.outputs[0].replace_all_uses_with(back.outputs[0])
+            back.replace_input_with(0, node.outputs[0])
+            model.graph.insert_after(node, back)
+    made = ir.to_proto(model)
+    del made.graph.value_info[:]
+    return made
+
+
 class _Writer:
     """The pass over the nodes in their order; a value's own ``dtype`` says what it has become."""
 
