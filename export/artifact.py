@@ -58,6 +58,8 @@ class Engine(_Strict):
     """Layers that hold an attention's products and softmax in one kernel."""
     products: dict[str, int]
     """How many products with a weight are computed in each precision, as the list of layers says."""
+    sparse: int = 0
+    """How many of them have 2:4 weights that the builder was told to look for."""
 
 
 class Parity(_Strict):

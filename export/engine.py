@@ -129,6 +129,8 @@ def build(
     trt = library()
     log = logger(trt)
     wanted = target(trt, capability)
+    if stripped and present() is None:
+        raise UnavailableError(f"{trt.__name__} strips an engine of its weights on an NVIDIA GPU, and there is none here.")
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -137,14 +139,15 @@ def build(
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32
-    for asked, flags in ((sparse, ["SPARSE_WEIGHTS"]), (stripped, ["STRIP_PLAN"])):
-        for flag in flags if asked else ():
-            config.set_flag(getattr(trt.BuilderFlag, flag))
-    ahead = hasattr(config, "set_compute_capability")
-    if ahead and wanted:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{wanted}"), 0)
-    if compatible and not ahead:
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    if stripped:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if hasattr(trt, "ComputeCapability"):
+        if wanted:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{wanted}"), 0)
+    elif compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     profile = builder.create_optimization_profile()

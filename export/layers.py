@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
+from onnx import TensorProto, numpy_helper
 
 from ..errors import EdgepressError
 
@@ -101,19 +103,45 @@ def _nodes(metadata: str) -> frozenset[str]:
     return frozenset(re.findall(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]|$)", metadata))
 
 
-def products(graph: onnx.ModelProto) -> dict[str, str]:
-    """The precision that a typed graph asks for, by the name of each product with a constant weight."""
+PRECISIONS = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.INT8: "int8",
+    TensorProto.FLOAT8E4M3FN: "fp8",
+}
+
+
+def weights(graph: onnx.ModelProto) -> dict[str, tuple[onnx.NodeProto, TensorProto]]:
+    """Each product of a typed graph that has a constant weight, by its name, with that weight as it is stored."""
     makers = {output: node for node in graph.graph.node for output in node.output}
-    types = {one.name: one.data_type for one in graph.graph.initializer}
-    names = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
-    names |= {onnx.TensorProto.INT8: "int8", onnx.TensorProto.FLOAT8E4M3FN: "fp8"}
+    constants = {one.name: one for one in graph.graph.initializer}
     found = {}
     for node in graph.graph.node:
         if node.op_type in {"MatMul", "Gemm", "Conv"}:
             maker = makers.get(node.input[1])
             weight = maker.input[0] if maker is not None and maker.op_type == "DequantizeLinear" else node.input[1]
-            if weight in types:
-                found[node.name] = names[types[weight]]
+            if weight in constants:
+                found[node.name] = node, constants[weight]
+    return found
+
+
+def products(graph: onnx.ModelProto) -> dict[str, str]:
+    """The precision that a typed graph asks for, by the name of each product with a constant weight."""
+    return {name: PRECISIONS[weight.data_type] for name, (_, weight) in weights(graph).items()}
+
+
+def sparse(graph: onnx.ModelProto) -> list[str]:
+    """The products whose weights have at most two of every four inputs other than zero, as 2:4 kernels want."""
+    found = []
+    for name, (node, weight) in weights(graph).items():
+        array = numpy_helper.to_array(weight)
+        turned = any(one.name == "transB" and one.i for one in node.attribute)
+        rows = array if turned else array.T
+        if array.ndim == 2 and rows.shape[1] % 4 == 0:
+            groups = np.ascontiguousarray(rows).reshape(len(rows), -1, 4)
+            if ((groups != 0).sum(axis=-1) <= 2).all():
+                found.append(name)
     return found
 
 

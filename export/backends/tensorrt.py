@@ -80,6 +80,9 @@ def write(
         float_graph = onnx.load(base.model_file) if base and not plan.state else None
         graph = typed_graph(float_graph or onnx_backend.export(dequantized(workload, plan)), plan)
         onnx.save(graph, place / SOURCE_FILE)
+        zeros = layers.sparse(graph) if sparse else []
+        if sparse and not zeros:
+            raise InputError(f"No weight of {workload.name} has zeros in the pattern 2:4; prune it with --sparsity 2:4.")
         built = engines.build(
             place / SOURCE_FILE,
             ranges(workload, tuned or {}),
@@ -108,6 +111,7 @@ def write(
                 layers=len(built.layers),
                 attention=sum(layer.is_attention for layer in built.layers),
                 products=layers.check(built.layers, layers.products(graph)),
+                sparse=len(zeros),
             ),
             operators=dict(sorted(Counter(node.op_type for node in graph.graph.node).items())),
             quantized={n: k for n, k in plan.weights.items() if plan.scheme not in qdq.GRIDS or n in plan.activations},
