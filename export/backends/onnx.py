@@ -47,6 +47,7 @@ QUANTIZED = ("Gather", "MatMul", "Gemm", "LSTM")
 INTEGER = ("int8", "int8-dynamic")
 REWRITERS = {"int4": nbits.rewrite, "int8-weight": nbits.rewrite, "fp16": halves.store, "bf16": halves.store}
 """What writes a scheme's weights into a float graph."""
+SCHEMES = ("fp32", *INTEGER, *REWRITERS)
 
 
 def write(
@@ -235,8 +236,7 @@ def quantize_graph(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -
     or table in the graph.
     """
     if plan.scheme not in INTEGER:
-        able = ", ".join(("fp32", *INTEGER, *REWRITERS))
-        raise UsageError(f"The onnx runtime cannot write the scheme '{plan.scheme}' (it can: {able}).")
+        raise UsageError(f"The onnx runtime cannot write the scheme '{plan.scheme}' (it can: {', '.join(SCHEMES)}).")
     known = {name for node in graph.graph.node if node.op_type in QUANTIZED for name in placement.names(node.name)}
     missing = [name for name in plan.weights if name not in known]
     if missing:
