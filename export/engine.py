@@ -1,10 +1,10 @@
 """TensorRT through one seam: the modules ``tensorrt`` (10 and 11) and ``tensorrt_rtx`` build the same graphs.
 
-A network is strongly typed in either: precision is what the graph says. ``tensorrt`` builds for the GPU that is present;
-``tensorrt_rtx`` builds ahead of time, for a named compute capability or for all from 8.0 up, with no GPU at all.
+A network is strongly typed in either: precision is what the graph says. ``tensorrt`` builds for the GPU that is
+present; ``tensorrt_rtx`` builds ahead of time, for a named compute capability or for all from 8.0 up, without a GPU.
 
-Source: docs.nvidia.com/deeplearning/tensorrt and .../tensorrt-rtx, "CPU-Only AOT and TensorRT-RTX Engines", "Working with
-Dynamic Shapes", "Weight-Stripped Engines"; for 11, "Migrating from TensorRT 10.x to 11.x".
+Source: docs.nvidia.com/deeplearning/tensorrt and .../tensorrt-rtx, "CPU-Only AOT and TensorRT-RTX Engines", "Working
+with Dynamic Shapes", "Weight-Stripped Engines"; for 11, "Migrating from TensorRT 10.x to 11.x".
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def library(only: str | None = None) -> ModuleType:
         if hasattr(found, "OnnxParser"):
             return found
     raise UnavailableError(
-        f"{only or 'TensorRT'} is missing: pip install 'edgepress[tensorrt]' brings TensorRT-RTX; on a Jetson or a server, "
-        "the package 'tensorrt' of its own installation is used."
+        f"{only or 'TensorRT'} is missing: pip install 'edgepress[tensorrt]' brings TensorRT-RTX; on a Jetson or a "
+        "server, the package 'tensorrt' of its own installation is used."
     )
 
 
@@ -92,10 +92,12 @@ def target(trt: ModuleType, capability: str | None) -> int | None:
         raise UnavailableError(f"TensorRT needs compute capability {_dotted(NEEDS[''][0])}; {capability} is older.")
     if known is None and wanted != here:
         there = f"this one is sm{here}" if here else "there is none here"
-        raise UnavailableError(f"{trt.__name__} builds for the GPU that is present only, and {there}: not {capability}.")
+        raise UnavailableError(
+            f"{trt.__name__} builds for the GPU that is present only, and {there}: not {capability}."
+        )
     if known is not None and not hasattr(known, f"SM{wanted}"):
         able = ", ".join(sorted((n.lower() for n in dir(known) if n.startswith("SM")), key=lambda n: int(n[2:])))
-        raise UnavailableError(f"{trt.__name__} {trt.__version__} does not build for {capability} (it does for {able}).")
+        raise UnavailableError(f"{trt.__name__} {trt.__version__} builds for {able}, not for {capability}.")
     return wanted
 
 
@@ -104,7 +106,7 @@ def check(capability: int | None, scheme: str, *, sparse: bool = False) -> None:
     for word in (scheme, *(["2:4"] if sparse else [])):
         least, what = NEEDS.get(word, (0, ""))
         if (capability or 80) < least:
-            name = f"sm{capability}" if capability else "an engine for any GPU from sm80 up"
+            name = f"sm{capability}" if capability else f"an engine for any GPU from sm80 up (name one: sm{least})"
             raise UnavailableError(f"{what} need compute capability {_dotted(least)} or newer, which {name} is not.")
 
 
@@ -130,7 +132,7 @@ def build(
     log = logger(trt)
     wanted = target(trt, capability)
     if stripped and present() is None:
-        raise UnavailableError(f"{trt.__name__} strips an engine of its weights on an NVIDIA GPU, and there is none here.")
+        raise UnavailableError(f"{trt.__name__} strips weights on an NVIDIA GPU only, and there is none here.")
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -163,7 +165,7 @@ def build(
     if timing_cache is not None:
         write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
     content = bytes(plan)
-    found = layers.of_log(log.lines) or _inspected(trt, log, content)
+    found = layers.of_log(log.listing) or _inspected(trt, log, content)
     return Engine(content, trt.__name__, trt.__version__, f"sm{wanted}" if wanted else "sm80+", found)
 
 
@@ -180,7 +182,7 @@ def refit(trt: ModuleType, log: Any, engine: Any, graph: Path) -> None:
     refitter = trt.Refitter(engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
     if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
-        raise UnavailableError(f"{trt.__name__} cannot put the weights of {graph.name} into the engine: {log.reason()}.")
+        raise UnavailableError(f"{trt.__name__} cannot refit the engine from {graph.name}: {log.reason()}.")
 
 
 def _inspected(trt: ModuleType, log: Any, content: bytes) -> tuple[Layer, ...]:
@@ -190,21 +192,24 @@ def _inspected(trt: ModuleType, log: Any, content: bytes) -> tuple[Layer, ...]:
 
 
 def logger(trt: ModuleType) -> Any:
-    """A logger of ``trt`` that keeps what is said: errors are the reason, and the list of layers is in it too."""
+    """A logger of ``trt`` that keeps errors, of which the first is the reason, and the list of an engine's layers."""
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.lines: list[str] = []
+            self.listing = ""
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            self.lines.append(message)
             if severity in {trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR}:
                 self.errors.append(message)
+            elif message.startswith(layers.LISTING):
+                self.listing = message
 
         def reason(self) -> str:
-            return _first_line(self.errors[0]) if self.errors else "it gave no reason"
+            said = self.errors[0] if self.errors else "it gave no reason"
+            self.errors.clear()
+            return _first_line(said)
 
     return Log()
 

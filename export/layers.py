@@ -32,6 +32,7 @@ TYPES = {
     "FP8": "fp8",
 }
 """The names that the versions have for them, and ours."""
+LISTING = "Layers:\n"
 WIDTH = {"fp8": 8, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32}
 
 
@@ -60,33 +61,30 @@ class Layer:
         return "mha" in self.name.lower() or "fmha" in self.kind.lower()
 
 
-def of_log(lines: Iterable[str]) -> tuple[Layer, ...]:
-    """The layers that a build's log lists; none where it does not."""
-    texts = [text for text in lines if text.startswith("Layers:\n")]
-    rows = texts[-1].split("\n") if texts else []  # not splitlines: \\x1e or \\x1f stands between operators
+def of_log(listing: str) -> tuple[Layer, ...]:
+    """The layers in the message of a build's log that begins with :data:`LISTING`; none in an empty one."""
+    rows = listing.split("\n")  # not splitlines: \\x1e or \\x1f stands between operators
     pattern = re.compile(
         r"Name: (.*?), LayerType: (\w+), Inputs: (.*), Constants: (.*), Outputs: (.*), TacticName: .*?, Metadata: (.*)"
     )
     found = []
     for match in filter(None, map(pattern.fullmatch, rows)):
-        name, kind, inputs, constants, outputs, nodes = match.groups()
-        tensors = (_types(re.findall(r"Datatype: (\w+)", text)) for text in (inputs, constants, outputs))
-        found.append(Layer(name, kind, *tensors, _nodes(nodes)))
+        name, kind, *tensors, nodes = match.groups()
+        inputs, constants, outputs = (_types(re.findall(r"Datatype: (\w+)", text)) for text in tensors)
+        found.append(Layer(name, kind, inputs, constants, outputs, _nodes(nodes)))
     return tuple(found)
 
 
 def of_inspector(text: str) -> tuple[Layer, ...]:
     """The layers in the JSON of an engine inspector."""
-    return tuple(
-        Layer(
-            row["Name"],
-            row.get("LayerType", ""),
-            *(_types(map(_type, row.get(part, ()))) for part in ("Inputs", "Constants", "Outputs")),
-            _nodes(row.get("Metadata", "")),
-        )
-        for row in json.loads(text)["Layers"]
-        if isinstance(row, dict)  # a name alone is a layer of which nothing is known
-    )
+    found = []
+    for row in json.loads(text)["Layers"]:
+        if isinstance(row, dict):  # a name alone is a layer of which nothing is known
+            parts = ("Inputs", "Constants", "Outputs")
+            inputs, constants, outputs = (_types(map(_type, row.get(part, ()))) for part in parts)
+            nodes = _nodes(row.get("Metadata", ""))
+            found.append(Layer(row["Name"], row.get("LayerType", ""), inputs, constants, outputs, nodes))
+    return tuple(found)
 
 
 def _type(tensor: Mapping[str, Any]) -> str:
@@ -103,7 +101,7 @@ def _nodes(metadata: str) -> frozenset[str]:
     return frozenset(re.findall(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]|$)", metadata))
 
 
-PRECISIONS = {
+PRECISIONS: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
     TensorProto.BFLOAT16: "bf16",

@@ -4,7 +4,8 @@ A runtime that is strongly typed computes a product in 8 bits where both of its 
 TensorRT wants zero points of 0, so ranges are made symmetric: activations with one scale, weights with one for each
 output channel in INT8, and in FP8 with one for all weights that read the same input. A kernel multiplies one scale in
 float32 as it adds up; one for each channel comes after its result was rounded to half precision, whose range FP8's
-codes, four times INT8's, would exceed. Weights are stored in 8 bits. Tables, and products that are not planned, stay in float.
+codes, four times INT8's, would exceed. Weights are stored in 8 bits. Tables, and products that are not planned, stay
+in float.
 
 Source: TensorRT documentation, "Explicit Quantization"; onnx.ai/onnx/operators/onnx__QuantizeLinear.html; for FP8
 Micikevicius et al. 2022 (arXiv 2209.05433).
@@ -67,16 +68,18 @@ def _place(graph: ir.Graph, siblings: Sequence[Product], plan: QuantizationPlan,
     first, scales, grid = siblings[0], smoothing(siblings[0], plan), GRIDS[plan.scheme]
     value = first.input
     if scales.size:
-        divide = ir.node("Mul", [value, constant(graph, f"{first.name}.smooth", 1 / scales)], name=f"{first.name}/Smooth")
+        divide = ir.node(
+            "Mul", [value, constant(graph, f"{first.name}.smooth", 1 / scales)], name=f"{first.name}/Smooth"
+        )
         graph.insert_before(first.node, divide)
-        value = _typed(divide, first.input.dtype, first.input.shape)
+        value = _typed(divide, ir.DataType.FLOAT, first.input.shape)
     ends = [abs(end) for product in siblings for end in plan.activations.get(product.name, (np.inf,))]
     if not 0 < max(ends) < np.inf:
         raise InputError(f"The input of '{first.name}' cannot be quantized over a range that ends at {max(ends):g}.")
     input_scale = constant(graph, f"{first.name}.input_scale", _held(np.asarray(max(ends) / grid.largest), scale_type))
     zero = constant(graph, f"{plan.scheme}.zero", np.zeros((), grid.dtype))
     quantize = ir.node("QuantizeLinear", [value, input_scale, zero], name=f"{first.name}/QuantizeLinear")
-    code = _typed(quantize, zero.dtype, value.shape)
+    code = _typed(quantize, ir.DataType.from_numpy(grid.dtype), value.shape)
     back = ir.node("DequantizeLinear", [code, input_scale, zero], name=f"{first.name}/DequantizeLinear")
     graph.insert_before(first.node, [quantize, back])
     read = _typed(back, ir.DataType.FLOAT, value.shape)
@@ -127,13 +130,14 @@ def _codes(
     return (np.rint(codes) if plan.scheme == "int8" else codes).astype(grid.dtype), scales
 
 
-def _held(scales: NDArray[Any], scale_type: np.dtype[Any]) -> Float:
+def _held(scales: NDArray[Any], scale_type: np.dtype[Any]) -> NDArray[np.float32]:
     """``scales`` rounded to what ``scale_type`` holds, none of them to nothing."""
     least = np.nextafter(np.zeros((), scale_type), np.ones((), scale_type))
-    return np.maximum(scales.astype(scale_type), least).astype(np.float32)
+    found: NDArray[np.float32] = np.maximum(scales.astype(scale_type), least).astype(np.float32)
+    return found
 
 
-def _typed(node: ir.Node, dtype: ir.DataType | None, shape: ir.Shape | None) -> ir.Value:
+def _typed(node: ir.Node, dtype: ir.DataType, shape: ir.Shape | None) -> ir.Value:
     """The output of ``node``, which takes this type and shape."""
     value = node.outputs[0]
     value.dtype, value.shape = dtype, shape

@@ -33,7 +33,18 @@ PROTECTED = {
     "Cos",
 }
 """Computed in float32; what comes out is of the size of one and is narrowed at once."""
-WIDE = {"Pow", "Sqrt", "Reciprocal", "Exp", "Log", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare"}
+WIDE = {
+    "Pow",
+    "Sqrt",
+    "Reciprocal",
+    "Exp",
+    "Log",
+    "LogSoftmax",
+    "ReduceMean",
+    "ReduceSum",
+    "ReduceL2",
+    "ReduceSumSquare",
+}
 """Computed in float32, and so is what reads them, up to the next product: the parts of a normalisation."""
 FLOAT_ARGUMENTS = {"Resize", "Range"}
 """Operators with arguments that are float32 whatever the type of their data."""
@@ -56,7 +67,7 @@ def narrow(graph: onnx.ModelProto, scheme: str) -> onnx.ModelProto:
 
 
 def emulated(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A bfloat16 graph for a runtime that only casts to it: weights and casts are rounded, all is computed in float32."""
+    """A bfloat16 graph for a runtime that can only cast to it: what is cast is rounded, all is computed in float32."""
     model = ir.from_proto(graph)
     for value in list(model.graph.initializers.values()):
         if value.dtype == ir.DataType.BFLOAT16 and value.const_value is not None:
@@ -77,13 +88,15 @@ class _Writer:
 
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self.graph, self.dtype = graph, dtype
-        self.largest = float(finfo(dtype.numpy()).max)
+        self.largest = float(finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
         self.cast_to: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def visit(self, node: ir.Node) -> None:
         if node.op_type == "Cast" or node.op_type in FLOAT_ARGUMENTS:
             return
-        floats = [value for value in node.inputs if value is not None and value.dtype in {ir.DataType.FLOAT, self.dtype}]
+        floats = [
+            value for value in node.inputs if value is not None and value.dtype in {ir.DataType.FLOAT, self.dtype}
+        ]
         if not floats:
             return
         computed = self._type(node, floats)
@@ -119,7 +132,9 @@ class _Writer:
         if tensor is not None:
             if dtype == self.dtype and not self._fits(value):
                 name = before.name if before is not None else value.name
-                raise InputError(f"A weight of '{name}' is beyond the range of {dtype.name.lower()}, {self.largest:.4g}.")
+                raise InputError(
+                    f"A weight of '{name}' is beyond the range of {dtype.name.lower()}, {self.largest:.4g}."
+                )
             array = tensor.numpy().astype(dtype.numpy())
             made = ir.val(f"{value.name}.{dtype.name.lower()}", const_value=ir.tensor(array, dtype))
             self.graph.register_initializer(made)

@@ -74,7 +74,9 @@ def write(
     precision than its graph says, and ParityError; nothing is left behind then.
     """
     if plan.scheme not in SCHEMES:
-        raise UsageError(f"The tensorrt runtime cannot write the scheme '{plan.scheme}' (it can: {', '.join(SCHEMES)}).")
+        raise UsageError(
+            f"The tensorrt runtime cannot write the scheme '{plan.scheme}' (it can: {', '.join(SCHEMES)})."
+        )
     engines.check(engines.target(engines.library(), capability), plan.scheme, sparse=sparse)
     with new_folder(folder) as place:
         float_graph = onnx.load(base.model_file) if base and not plan.state else None
@@ -82,7 +84,9 @@ def write(
         onnx.save(graph, place / SOURCE_FILE)
         zeros = layers.sparse(graph) if sparse else []
         if sparse and not zeros:
-            raise InputError(f"No weight of {workload.name} has zeros in the pattern 2:4; prune it with --sparsity 2:4.")
+            raise InputError(
+                f"No weight of {workload.name} follows 2:4; 'edgepress prune --sparsity 2:4' makes such ones."
+            )
         built = engines.build(
             place / SOURCE_FILE,
             ranges(workload, tuned or {}),
@@ -175,9 +179,7 @@ def _prove(workload: Workload, artifact: Artifact, graph: onnx.ModelProto) -> ar
         content = (typed.emulated(graph) if precision == "bf16" else graph).SerializeToString()
         runner = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         reference = "the PyTorch module, by the engine's graph on the CPU"
-        return parity.prove(
-            workload, lambda feed: runner.run(None, feed)[0], precision=precision, reference=reference
-        )
+        return parity.prove(workload, lambda feed: runner.run(None, feed)[0], precision=precision, reference=reference)
 
 
 @contextmanager
@@ -186,7 +188,7 @@ def open_session(artifact: Artifact, *, device: str = "cuda", threads: int = 1) 
 
     Raises UnavailableError, with the library's own reason, where the engine does not run there.
     """
-    if device.split(":")[0] != "cuda":
+    if device.split(":", maxsplit=1)[0] != "cuda":
         raise UsageError(f"The tensorrt runtime runs on 'cuda', not on '{device}'.")
     made = artifact.manifest.engine
     if made is None:
@@ -217,7 +219,7 @@ class EngineSession:
 
     def __init__(self, trt: Any, engine: Any, log: Any) -> None:
         self._trt, self._engine, self._log = trt, engine, log
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._prepared: OrderedDict[tuple[tuple[int, ...], ...], _Prepared] = OrderedDict()
         every = [engine.get_tensor_name(place) for place in range(engine.num_io_tensors)]
         self._inputs = [one for one in every if engine.get_tensor_mode(one) == trt.TensorIOMode.INPUT]
@@ -267,7 +269,7 @@ class EngineSession:
 
         def enqueue() -> None:
             if not context.execute_async_v3(self._stream.cuda_stream):
-                raise InputError(f"The engine does not run: {self._log.reason()}.")
+                raise UnavailableError(f"The engine does not run on this GPU: {self._log.reason()}.")
 
         enqueue()  # what is compiled or allocated at the first run must not be captured
         self._stream.synchronize()
@@ -286,11 +288,15 @@ class EngineSession:
 
     def _context(self) -> Any:
         """An execution context; TensorRT-RTX compiles its kernels for the very shape at the first run, not later."""
-        if not hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
-            return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
-        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        return self._engine.create_execution_context(config)
+        config = []
+        if hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
+            config.append(self._engine.create_runtime_config())
+            strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+            config[0].dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        context = self._engine.create_execution_context(*config)
+        if context is None:
+            raise UnavailableError(f"The engine does not run on this GPU: {self._log.reason()}.")
+        return context
 
     def _type(self, name: str) -> torch.dtype:
         word = self._engine.get_tensor_dtype(name).name
