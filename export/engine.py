@@ -165,7 +165,7 @@ def build(
     if timing_cache is not None:
         write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
     content = bytes(plan)
-    found = layers.of_log(log.listing) or _inspected(trt, log, content)
+    found = layers.of_log(log.listing) or inspected(trt, log, content)
     return Engine(content, trt.__name__, trt.__version__, f"sm{wanted}" if wanted else "sm80+", found)
 
 
@@ -185,7 +185,7 @@ def refit(trt: ModuleType, log: Any, engine: Any, graph: Path) -> None:
         raise UnavailableError(f"{trt.__name__} cannot refit the engine from {graph.name}: {log.reason()}.")
 
 
-def _inspected(trt: ModuleType, log: Any, content: bytes) -> tuple[Layer, ...]:
+def inspected(trt: ModuleType, log: Any, content: bytes) -> tuple[Layer, ...]:
     """The layers by the engine inspector, which needs the GPU."""
     inspector = load(trt, log, content).create_engine_inspector()
     return layers.of_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
