@@ -192,7 +192,7 @@ def of_module(workload: Workload, *, seed: int = 0, progress: Progress | None = 
 def _forward(workload: Workload) -> Run:
     def run(feeds: dict[str, NDArray[Any]]) -> NDArray[Any]:
         with torch.no_grad():
-            result: NDArray[Any] = workload.forward(tensors(feeds)).numpy()
+            result: NDArray[Any] = workload.forward(tensors(feeds)).numpy(force=True)
         return result
 
     return run

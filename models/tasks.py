@@ -53,7 +53,7 @@ def _of_tokens(output: Tensor, batch: Batch) -> Answers:
     """
     logs = functional.log_softmax(output.detach().float(), dim=-1)
     chosen = logs.argmax(dim=-1)
-    labels = batch.labels if batch.labels is not None else _everywhere(batch, chosen)
+    labels = batch.labels.to(logs.device) if batch.labels is not None else _everywhere(batch, chosen)
     real = labels != NO_LABEL
     likelihood = logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     both = torch.stack([chosen.float(), likelihood], dim=-1).numpy(force=True)
@@ -62,7 +62,11 @@ def _of_tokens(output: Tensor, batch: Batch) -> Answers:
 
 def _everywhere(batch: Batch, chosen: Tensor) -> Tensor:
     mask = batch.inputs.get("attention_mask")
-    return chosen if mask is None or mask.shape != chosen.shape else chosen.masked_fill(mask == 0, NO_LABEL)
+    return (
+        chosen
+        if mask is None or mask.shape != chosen.shape
+        else chosen.masked_fill(mask.to(chosen.device) == 0, NO_LABEL)
+    )
 
 
 def _pooled(output: Tensor, batch: Batch) -> Answers:
@@ -72,7 +76,7 @@ def _pooled(output: Tensor, batch: Batch) -> Answers:
     mask = batch.inputs.get("attention_mask")
     if mask is None or mask.shape != output.shape[:2]:
         return _whole(output.flatten(1, -2).mean(dim=1), batch)
-    weights = mask[..., None].to(output.dtype)
+    weights = mask[..., None].to(output)
     return _whole((output * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1), batch)
 
 
@@ -128,6 +132,7 @@ def losses(task: Task, output: Tensor, batch: Batch, generator: torch.Generator)
     not the empirical one (Kunstner et al. 2019, arXiv 1905.12558).
     """
     labels = torch.arange(len(output)) if task is RETRIEVAL else batch.labels
+    labels = None if labels is None else labels.to(output.device)
     if task in {REGRESSION, EMBEDDING}:
         flat = output.flatten(1)
         if labels is not None and labels.is_floating_point():
@@ -136,11 +141,12 @@ def losses(task: Task, output: Tensor, batch: Batch, generator: torch.Generator)
             noise = torch.randn(output.shape, generator=generator).to(output)
             mask = batch.inputs.get("attention_mask")
             if mask is not None and mask.shape == output.shape[:2]:
-                noise = noise * mask[..., None]
+                noise = noise * mask[..., None].to(noise)
             return (output * noise).flatten(1).sum(dim=1) / math.sqrt(flat.shape[1])
     if labels is None:
-        shares = output.detach().float().softmax(dim=-1)
+        shares = output.detach().float().softmax(dim=-1).cpu()  # where the generator draws, the same on any device
         labels = torch.multinomial(shares.flatten(0, -2), 1, generator=generator).reshape(output.shape[:-1])
+        labels = labels.to(output.device)
         labels = _everywhere(batch, labels)
     if output.shape[:-1] != labels.shape:
         raise InputError(

@@ -84,8 +84,11 @@ class Workload:
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The model's answer: logits [batch, labels] of a classifier or [batch, sequence, vocabulary] of a language
-        model, [images, texts] of a pair of towers, the last hidden state of a bare encoder."""
-        return answer(self.module(**inputs))
+        model, [images, texts] of a pair of towers, the last hidden state of a bare encoder.
+
+        It is on the device of the module, to which ``inputs`` are brought."""
+        device = next(self.module.parameters()).device
+        return answer(self.module(**{name: tensor.to(device) for name, tensor in inputs.items()}))
 
     @property
     def task(self) -> Task:
@@ -144,7 +147,7 @@ class Workload:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy(force=True).tobytes())
         for rows in (self.data.train, self.data.calibration, self.data.evaluation):
             digest.update(rows.fingerprint.encode())
         return digest.hexdigest()

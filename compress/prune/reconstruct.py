@@ -87,7 +87,7 @@ def _solve(then: tuple[Replay, Site], now: tuple[Replay, Site], ridge: float, st
     factored = isinstance(consumer, low_rank.LowRank)
     weights, bias = consumer.weight if factored else matrix(consumer), consumer.bias
     held = (weights if bias is None else torch.cat([weights, bias[:, None]], dim=1)).double()
-    gram = torch.zeros(held.shape[1], held.shape[1], dtype=torch.float64)
+    gram = held.new_zeros(held.shape[1], held.shape[1])
     cross = torch.zeros_like(held)
     for batch, inputs, target in _targets(then, now, stream):
         real = _real(batch.inputs, inputs)
@@ -95,7 +95,7 @@ def _solve(then: tuple[Replay, Site], now: tuple[Replay, Site], ridge: float, st
         gram += features.T @ features
         cross += target[real].double().T @ features
     weight = ridge * gram.diagonal().mean()
-    eye = torch.eye(len(gram), dtype=torch.float64)
+    eye = torch.eye(len(gram)).to(gram)
     solved = torch.linalg.solve(gram + weight * eye, (cross + weight * held).T).T
     if factored:  # of that rank, what comes nearest to the solution (reduced-rank regression)
         _fit(consumer, solved, gram, weights.shape[1])
