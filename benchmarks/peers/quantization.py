@@ -198,7 +198,8 @@ def quality(workload: Workload, contenders: Sequence[Contender], inners: Sequenc
     """The cosine to the first contender and the drop from it, of each; rows are batched with others as long."""
     data, results, first = workload.data, [], None
     for contender, inner in zip(contenders, inners, strict=True):
-        run, read = opened(contender, inner, torch.get_num_threads()), []
+        run = opened(contender, inner, torch.get_num_threads())
+        read: list[NDArray[Any]] = []
 
         def answer(feeds: Feeds, run: Any = run, read: list[Any] = read) -> list[NDArray[Any]]:
             logits, value = run(feeds)
