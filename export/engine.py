@@ -101,8 +101,10 @@ def target(trt: ModuleType, capability: str | None) -> int | None:
     return wanted
 
 
-def check(capability: int | None, scheme: str, *, sparse: bool = False) -> None:
-    """Raise UnavailableError where ``capability`` has no such products."""
+def check(capability: int | None, scheme: str, *, sparse: bool = False, stripped: bool = False) -> None:
+    """Raise UnavailableError where ``capability`` has no such products, or the weights cannot be stripped here."""
+    if stripped and present() is None:
+        raise UnavailableError("TensorRT strips an engine's weights on an NVIDIA GPU only, and there is none here.")
     for word in (scheme, *(["2:4"] if sparse else [])):
         least, what = NEEDS.get(word, (0, ""))
         if (capability or 80) < least:
@@ -131,8 +133,6 @@ def build(
     trt = library()
     log = logger(trt)
     wanted = target(trt, capability)
-    if stripped and present() is None:
-        raise UnavailableError(f"{trt.__name__} strips weights on an NVIDIA GPU only, and there is none here.")
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)

@@ -77,7 +77,8 @@ def write(
         raise UsageError(
             f"The tensorrt runtime cannot write the scheme '{plan.scheme}' (it can: {', '.join(SCHEMES)})."
         )
-    engines.check(engines.target(engines.library(), capability), plan.scheme, sparse=sparse)
+    engines.check(engines.target(engines.library(), capability), plan.scheme, sparse=sparse, stripped=stripped)
+    profile = ranges(workload, tuned or {})
     with new_folder(folder) as place:
         float_graph = onnx.load(base.model_file) if base and not plan.state else None
         graph = typed_graph(float_graph or onnx_backend.export(dequantized(workload, plan)), plan)
@@ -89,7 +90,7 @@ def write(
             )
         built = engines.build(
             place / SOURCE_FILE,
-            ranges(workload, tuned or {}),
+            profile,
             capability=capability,
             sparse=sparse,
             compatible=compatible,
