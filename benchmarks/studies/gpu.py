@@ -315,8 +315,6 @@ class Study:
             workload = self.changed(variant.change)
             module = self.once((variant.change, variant.precision), lambda: torch_module(workload, variant, device))
             return prepare_torch(workload, variant, feeds, module=module, device=device)
-        if device == "cpu":
-            raise Unavailable(f"{variant.runtime} is measured on an NVIDIA GPU only.")
         if variant.runtime == "tensorrt":
             first = self.once("the first engine", lambda: self._first_engine(feeds))
             workload = self.changed(variant.change)
