@@ -134,7 +134,8 @@ def build(
     log = logger(trt)
     wanted = target(trt, capability)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11 knows no other kind
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         raise InputError(f"{trt.__name__} cannot read {graph.name}: {_first_line(parser.get_error(0).desc())}.")
@@ -145,7 +146,8 @@ def build(
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     if stripped:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-    if hasattr(trt, "ComputeCapability"):
+    ahead = hasattr(trt, "ComputeCapability")
+    if ahead:
         if wanted:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{wanted}"), 0)
@@ -165,7 +167,7 @@ def build(
     if timing_cache is not None:
         write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
     content = bytes(plan)
-    found = layers.of_log(log.listing) or inspected(trt, log, content)
+    found = layers.of_log(log.listing) if ahead else inspected(trt, log, content)
     return Engine(content, trt.__name__, trt.__version__, f"sm{wanted}" if wanted else "sm80+", found)
 
 

@@ -1,11 +1,13 @@
 """Explicit quantization: the planned products of a graph read QuantizeLinear and DequantizeLinear pairs.
 
 A runtime that is strongly typed computes a product in 8 bits where both of its inputs come out of a DequantizeLinear.
-TensorRT wants zero points of 0, so ranges are made symmetric: activations with one scale, weights with one for each
-output channel in INT8, and in FP8 with one for all weights that read the same input. A kernel multiplies one scale in
-float32 as it adds up; one for each channel comes after its result was rounded to half precision, whose range FP8's
-codes, four times INT8's, would exceed. Weights are stored in 8 bits. Tables, and products that are not planned, stay
-in float.
+TensorRT wants zero points of 0, so ranges are made symmetric. Weights are stored in 8 bits: INT8 codes with one scale
+for each output channel, FP8 codes with one for all weights that read the same input. Tables, and products that are not
+planned, stay in float.
+
+The scales of channels do not stand in the DequantizeLinear. TensorRT multiplies one number in float32 as it adds up,
+but a vector only after the sum was rounded to half precision, and a sum of raw codes can be beyond that. So weights are
+dequantized by the one scale of the largest channel, and the product is multiplied by each channel's share of it.
 
 Source: TensorRT documentation, "Explicit Quantization"; onnx.ai/onnx/operators/onnx__QuantizeLinear.html; for FP8
 Micikevicius et al. 2022 (arXiv 2209.05433).
@@ -46,6 +48,15 @@ class Grid:
 GRIDS = {"int8": Grid(np.dtype(np.int8), 127.0, True), "fp8": Grid(np.dtype(float8_e4m3fn), 448.0, False)}
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """A weight: ``codes`` [in, out] times ``scale``, one number, times ``shares`` [out] where it has some."""
+
+    codes: NDArray[Any]
+    scale: NDArray[np.float32]
+    shares: NDArray[np.float32] | None
+
+
 def place(graph: onnx.ModelProto, plan: QuantizationPlan, scale_type: np.dtype[Any]) -> onnx.ModelProto:
     """``graph`` with the products of ``plan`` between quantized inputs, in float32 otherwise.
 
@@ -77,34 +88,35 @@ def _place(graph: ir.Graph, siblings: Sequence[Product], plan: QuantizationPlan,
     if not 0 < max(ends) < np.inf:
         raise InputError(f"The input of '{first.name}' cannot be quantized over a range that ends at {max(ends):g}.")
     input_scale = constant(graph, f"{first.name}.input_scale", _held(np.asarray(max(ends) / grid.largest), scale_type))
-    zero = constant(graph, f"{plan.scheme}.zero", np.zeros((), grid.dtype))
+    zero = constant(graph, f"{grid.dtype.name}.zero", np.zeros((), grid.dtype))
     quantize = ir.node("QuantizeLinear", [value, input_scale, zero], name=f"{first.name}.input/QuantizeLinear")
     code = _typed(quantize, ir.DataType.from_numpy(grid.dtype), value.shape)
     back = ir.node("DequantizeLinear", [code, input_scale, zero], name=f"{first.name}.input/DequantizeLinear")
     graph.insert_before(first.node, [quantize, back])
     read = _typed(back, ir.DataType.FLOAT, value.shape)
-    largest = None if grid.per_channel else np.asarray(max(np.abs(_weight(one, plan)).max() for one in siblings))
+    largest = max(float(np.abs(_weight(one, plan)).max()) for one in siblings)  # of one scale, they become one product
     for product in siblings:
-        _place_product(graph, product, read, *_codes(product, plan, largest, scale_type))
+        _place_product(graph, product, read, _quantized(product, plan, largest, scale_type))
 
 
-def _place_product(
-    graph: ir.Graph, product: Product, value: ir.Value, codes: NDArray[Any], scales: NDArray[np.float32]
-) -> None:
+def _place_product(graph: ir.Graph, product: Product, value: ir.Value, weight: Quantized) -> None:
     label, out = product.node.name or product.name, product.node.outputs[0]
     inputs = [
-        constant(graph, f"{label}.weight_codes", codes),
-        constant(graph, f"{label}.weight_scale", scales),
-        constant(graph, f"weight_zeros{list(scales.shape)}", np.zeros(scales.shape, codes.dtype)),
+        constant(graph, f"{label}.weight_codes", weight.codes),
+        constant(graph, f"{label}.weight_scale", weight.scale),
+        constant(graph, f"{weight.codes.dtype.name}.zero", np.zeros((), weight.codes.dtype)),
     ]
-    weight = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{label}/DequantizeLinear")
-    made = ir.node("MatMul", [value, _typed(weight, ir.DataType.FLOAT, inputs[0].shape)], name=label)
-    graph.insert_before(product.node, [weight, made])
+    back = ir.node("DequantizeLinear", inputs, name=f"{label}/DequantizeLinear")
+    made = ir.node("MatMul", [value, _typed(back, ir.DataType.FLOAT, inputs[0].shape)], name=label)
+    graph.insert_before(product.node, [back, made])
     result = _typed(made, ir.DataType.FLOAT, out.shape)
-    if product.bias is not None:
-        add = ir.node("Add", [result, constant(graph, f"{label}.bias", product.bias)], name=f"{label}/Bias")
-        graph.insert_before(product.last, add)
-        result = add.outputs[0]
+    for word, op_type, vector in (("Scale", "Mul", weight.shares), ("Bias", "Add", product.bias)):
+        if vector is not None:
+            node = ir.node(
+                op_type, [result, constant(graph, f"{label}.{word.lower()}", vector)], name=f"{label}/{word}"
+            )
+            graph.insert_before(product.last, node)
+            result = _typed(node, ir.DataType.FLOAT, out.shape)
     take_place(graph, product.last, result)
 
 
@@ -114,20 +126,18 @@ def _weight(product: Product, plan: QuantizationPlan) -> Float:
     return product.weight * scales[:, None] if scales.size else product.weight
 
 
-def _codes(
-    product: Product, plan: QuantizationPlan, largest: NDArray[Any] | None, scale_type: np.dtype[Any]
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """The weight's codes [in, out] and scales, those of the plan where it has some.
-
-    One scale where it is told the ``largest`` weight that it must reach, else one for each output channel, [out].
-    """
+def _quantized(product: Product, plan: QuantizationPlan, largest: float, scale_type: np.dtype[Any]) -> Quantized:
+    """The weight in codes, those of the plan where it has some; ``largest`` is what the one scale must reach."""
+    grid, weight = GRIDS[plan.scheme], _weight(product, plan)
+    scale = _held(np.asarray(largest / grid.largest), scale_type)
+    if not grid.per_channel:
+        return Quantized(np.clip(weight / scale, -grid.largest, grid.largest).astype(grid.dtype), scale, None)
     if product.name in plan.codes:
         codes, scales = signed(product, plan)
-        return codes, _held(scales, scale_type)
-    grid, weight = GRIDS[plan.scheme], _weight(product, plan)
-    scales = _held(np.asarray(np.abs(weight).max(axis=0) if largest is None else largest) / grid.largest, scale_type)
-    codes = np.clip(weight / scales, -grid.largest, grid.largest)
-    return (np.rint(codes) if plan.scheme == "int8" else codes).astype(grid.dtype), scales
+        return Quantized(codes, scale, _held(scales / scale, scale_type))
+    shares = _held(np.abs(weight).max(axis=0) / grid.largest / scale, scale_type)
+    codes = np.clip(np.rint(weight / (scale * shares)), -grid.largest, grid.largest).astype(grid.dtype)
+    return Quantized(codes, scale, shares)
 
 
 def _held(scales: NDArray[Any], scale_type: np.dtype[Any]) -> NDArray[np.float32]:
