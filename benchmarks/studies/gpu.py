@@ -389,7 +389,7 @@ def measure(
                 answer = one.whole(feeds)
             except Exception as error:  # the library's own sentence is the result
                 study.say(f"{variant.name}, batch {batch}: {reason(error)}")
-                yield {**row, "reason": reason(error)}
+                yield {**row, "reason": reason(error).replace(f"{study.folder}/", "")}
                 if broken(arguments.device):
                     raise Broken from error
                 continue
