@@ -262,7 +262,7 @@ class Study:
 
     def __init__(self, name: str, arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
         self.name, self.arguments, self.say = name, arguments, say
-        self.folder = Path(arguments.out) / "made" / name
+        self.folder = (arguments.made or arguments.out / "made") / name
         self.original = ep.load(f"zoo:{name}")
         self.made: dict[Any, Any] = {}
         self.sequence = arguments.sequence if any(1 in axes for axes in self.original.input_axes.values()) else 0
@@ -389,7 +389,7 @@ def measure(
                 answer = one.whole(feeds)
             except Exception as error:  # the library's own sentence is the result
                 study.say(f"{variant.name}, batch {batch}: {reason(error)}")
-                yield {**row, "reason": reason(error)}
+                yield {**row, "reason": reason(error).replace(f"{study.folder}/", "")}
                 if broken(arguments.device):
                     raise Broken from error
                 continue
@@ -633,6 +633,7 @@ def table(document: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--made", type=Path, help="where models and engines are kept, default: in --out")
     parser.add_argument("--seconds", type=float, default=600, help="by when it ends, about")
     parser.add_argument("--models", type=_words, default=MODELS)
     parser.add_argument("--runtimes", type=_words, default=("torch", "tensorrt", "onnxruntime"))
@@ -671,7 +672,8 @@ def study(arguments: argparse.Namespace) -> None:
         rows.append(row)
         with log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
-        document = {"environment": environment, "rows": rows}
+        latest = {(row["model"], row["batch"], row["name"]): row for row in rows}
+        document = {"environment": environment, "rows": list(latest.values())}
         name = "".join(letter if letter.isalnum() else "-" for letter in environment["gpu"].lower())
         (arguments.out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
