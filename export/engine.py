@@ -159,13 +159,14 @@ def build(
         profile.set_shape(name, sizes.least, sizes.tuned, sizes.most)
     config.add_optimization_profile(profile)
     if timing_cache is not None:
-        held = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(held), ignore_mismatch=False)
+        cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise InputError(f"{timing_cache} is no timing cache for this GPU and {trt.__name__} {trt.__version__}.")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UnavailableError(f"{trt.__name__} {trt.__version__} cannot build this engine: {log.reason()}.")
     if timing_cache is not None:
-        write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
+        write_bytes(timing_cache, bytes(cache.serialize()))
     content = bytes(plan)
     found = layers.of_log(log.listing) if ahead else inspected(trt, log, content)
     return Engine(content, trt.__name__, trt.__version__, f"sm{wanted}" if wanted else "sm80+", found)

@@ -77,6 +77,9 @@ def write(
         raise UsageError(
             f"The tensorrt runtime cannot write the scheme '{plan.scheme}' (it can: {', '.join(SCHEMES)})."
         )
+    if base is not None and (base.manifest.runtime, base.precision) != ("onnx", "fp32"):
+        made = f"{base.precision} for {base.manifest.runtime}"
+        raise UsageError(f"A graph to build from must be an fp32 onnx artifact; {base.folder} is {made}.")
     engines.check(engines.target(engines.library(), capability), plan.scheme, sparse=sparse, stripped=stripped)
     profile = ranges(workload, tuned or {})
     with new_folder(folder) as place:
@@ -278,7 +281,7 @@ class EngineSession:
         if capturable is not None and not capturable(self._stream.cuda_stream):
             return enqueue
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             enqueue()
 
         def replay() -> None:

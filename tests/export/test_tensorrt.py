@@ -259,11 +259,13 @@ def test_a_missing_gpu_is_one_sentence(written: Any, workload: Any, tmp_path: Pa
         tensorrt.write(workload, QuantizationPlan("fp32"), tmp_path / "engine", stripped=True)
 
 
-def test_other_artifacts_and_devices_are_refused(written: Any, base: Any) -> None:
+def test_other_artifacts_and_devices_are_refused(written: Any, base: Any, pruned: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="runs on 'cuda'"), tensorrt.open_session(written, device="cpu"):
         pass
     with pytest.raises(InputError, match="not a TensorRT artifact"), tensorrt.open_session(base):
         pass
+    with pytest.raises(UsageError, match=r"must be an fp32 onnx artifact; .* is int8 for tensorrt"):
+        tensorrt.write(pruned, QuantizationPlan("fp32"), tmp_path / "engine", base=written, capability="sm80")
 
 
 def test_a_product_in_another_precision_than_asked_for(workload: Any, graph_of: Any, tmp_path: Path) -> None:
