@@ -623,11 +623,10 @@ def quantize(
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """Write an artifact with weights in fewer bits."""
-    from .compress import quantize as quantizers
-
-    quantizers.get(scheme)
-    _write_artifact(model, data, columns, scheme, out, as_json=json_, seed=seed, trust_remote_code=trust_remote_code)
+    """Write an ONNX artifact with weights in fewer bits."""
+    _write_artifact(
+        model, data, columns, "onnx", scheme, out, as_json=json_, seed=seed, trust_remote_code=trust_remote_code
+    )
 
 
 @app.command()
@@ -636,47 +635,81 @@ def export(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    to: Annotated[str, typer.Option("--to", help="onnx.")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="onnx or tensorrt.")] = "onnx",
+    scheme: Annotated[
+        str, typer.Option("--scheme", help="Precision: fp32, and for tensorrt also fp16, bf16, int8 or fp8.")
+    ] = "fp32",
+    capability: Annotated[
+        str | None,
+        typer.Option("--capability", help="Of --to tensorrt: sm80, sm86, sm89 … ahead of time; else the GPU's own."),
+    ] = None,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Of --to tensorrt: kernels for 2:4 weights, see prune --sparsity.")
+    ] = False,
     out: Annotated[Path, typer.Option("-o", "--out", help="Artifact folder to write.")] = Path("exported"),
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """Write an FP32 artifact with dynamic batch and sequence, and prove that it computes what the model does."""
-    from .export import backends
-
-    backends.get(to)
-    _write_artifact(model, data, columns, "fp32", out, as_json=json_, seed=seed, trust_remote_code=trust_remote_code)
+    """Write an artifact with dynamic batch and sequence, and prove that it computes what the model does."""
+    options: dict[str, Any] = {}
+    if to == "tensorrt":
+        options = {"capability": capability, "sparse": sparse}
+    elif capability or sparse:
+        raise UsageError(f"{'--capability' if capability else '--sparse'} is of --to tensorrt, not of --to {to}.")
+    _write_artifact(
+        model,
+        data,
+        columns,
+        to,
+        scheme,
+        out,
+        as_json=json_,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        options=options,
+    )
 
 
 def _write_artifact(
     model: str,
     data: str | None,
     columns: str | None,
+    to: str,
     scheme: str,
     out: Path,
     *,
     as_json: bool,
     seed: int,
     trust_remote_code: bool,
+    options: dict[str, Any] | None = None,
 ) -> None:
     from dataclasses import asdict
 
     from .compress import quantize as quantizers
-    from .export.backends import onnx
+    from .errors import UnavailableError
+    from .export import backends
     from .models import metrics
     from .plan import QuantizationPlan
 
+    runtime = backends.get(to)
+    if scheme != "fp32":
+        quantizers.get(scheme)
+    if scheme not in runtime.SCHEMES:
+        raise UsageError(f"The {to} runtime cannot write the scheme '{scheme}' (it can: {', '.join(runtime.SCHEMES)}).")
     with ExitStack() as stack:
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
         step = screen.progress("export")
         step(0, 0, "writing and proving parity")
         plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(workload, scheme)
-        artifact = onnx.write(workload, plan, out, name=out.name)
-        with onnx.open_session(artifact, threads=os.cpu_count() or 1) as session:
-            judge, judged = screen.progress("evaluate"), metrics.for_artifacts(workload)
-            rows = len(judged.data.evaluation)
-            quality = metrics.of_session(session.run, judged, seed=seed, progress=judge) if rows else None
+        artifact = runtime.write(workload, plan, out, name=out.name, **(options or {}))
+        judge, judged, quality = screen.progress("evaluate"), metrics.for_artifacts(workload), None
+        if len(judged.data.evaluation):
+            try:
+                with runtime.open_session(artifact, threads=os.cpu_count() or 1) as session:
+                    quality = metrics.of_session(session.run, judged, seed=seed, progress=judge)
+            except UnavailableError as error:  # an engine for another machine
+                screen.say(f"note: its quality is not known. {error}")
     parity = artifact.manifest.parity
     assert parity is not None
     figures = parity.model_dump(mode="json")

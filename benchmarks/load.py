@@ -51,11 +51,12 @@ def benchmark(
     ):
         sequence = 0
     with targets.get(where.host).connect(where.host) as host, tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "feeds.npz", **_feeds(artifacts[0], batch, sequence))  # type: ignore[arg-type]
+        np.savez(Path(folder) / "feeds.npz", **arbitrary(artifacts[0], batch, sequence))  # type: ignore[arg-type]
         shutil.copy(RUNNER, folder)
         place = host.put(Path(folder))
         jobs = [
             {
+                "runtime": artifact.manifest.runtime,
                 "model": f"{host.put(artifact.folder)}/{artifact.manifest.model_file}",
                 "disabled_optimizers": list(artifact.manifest.session.disabled_optimizers),
             }
@@ -107,8 +108,8 @@ def _check_shape(artifact: Artifact, batch: int, sequence: int) -> None:
                 )
 
 
-def _feeds(artifact: Artifact, batch: int, sequence: int) -> Feeds:
-    """Arbitrary values and full masks: latency depends on the shape, not on the words."""
+def arbitrary(artifact: Artifact, batch: int, sequence: int) -> Feeds:
+    """Inputs of arbitrary values and full masks: latency depends on the shape, not on the words."""
     random = np.random.default_rng(0)
     feeds: Feeds = {}
     for name, spec in artifact.manifest.inputs.items():

@@ -1,20 +1,21 @@
-"""The timing loop. One file that runs wherever Python, numpy and onnxruntime are: ``python runner.py job.json``.
+"""The timing loop. One file that runs wherever Python, numpy and a runtime are: ``python runner.py job.json``.
 
-It knows no model, data or metric: it opens ONNX files, feeds them the arrays of an ``.npz``, and prints one JSON
+It knows no model, data or metric: it opens a runtime's files, feeds them the arrays of an ``.npz``, and prints one JSON
 document with raw nanoseconds. ``mode`` is "latency" (all artifacts in this one process, interleaved round by round, so
 that the machine's drift hits all alike) or "memory" (one artifact in a process of its own).
 """
 
 import gc
+import importlib
 import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 WINDOW = 10
 MOST_WINDOWS = 20
@@ -28,37 +29,62 @@ def main(job_file: str) -> None:
     json.dump(result, sys.stdout)
 
 
-def open_model(artifact: dict[str, Any], threads: int) -> Any:
+def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
+    """What runs the artifact once on ``feeds``."""
+    _, opener = RUNTIMES[artifact["runtime"]]
+    return opener(artifact, threads, feeds)
+
+
+def open_onnx(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # An idle session's threads go on spinning for their next run, and take the CPUs from the session being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(
+    session = onnxruntime.InferenceSession(
         artifact["model"],
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=artifact["disabled_optimizers"],
     )
+    return lambda: session.run(None, feeds)
+
+
+def open_openvino(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(artifact["model"], "CPU", settings).create_infer_request()
+    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
+
+
+RUNTIMES = {"onnx": ("onnxruntime", open_onnx), "openvino": ("openvino", open_openvino)}
+"""By the word of the manifest, the package, which is imported where a job needs it, and what opens a file with it."""
 
 
 def latency(job: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
     """Rounds until ``min_queries`` are done or ``min_seconds`` for each artifact are over, but no fewer than 30."""
-    sessions = [open_model(artifact, job["threads"]) for artifact in job["artifacts"]]
-    for session in sessions:
-        warm_up(session, feeds)
-    samples: list[list[int]] = [[] for _ in sessions]
-    budget = job["min_seconds"] * len(sessions)
+    runs = [open_model(artifact, job["threads"], feeds) for artifact in job["artifacts"]]
+    return {"samples_ns": interleaved(runs, job["min_queries"], job["min_seconds"] * len(runs))}
+
+
+def interleaved(runs: list[Callable[[], Any]], min_queries: int, budget: float) -> list[list[int]]:
+    """Nanoseconds of each call of each; no new round begins after ``budget`` seconds, but 30 rounds there are."""
+    for run in runs:
+        warm_up(run)
+    samples: list[list[int]] = [[] for _ in runs]
     begin = told = time.monotonic()
     gc.collect()
     gc.disable()
     rounds = 0
-    while rounds < job["min_queries"]:
-        for turn in range(len(sessions)):
-            which = (turn + rounds) % len(sessions)  # every artifact follows every other equally often
+    while rounds < min_queries:
+        for turn in range(len(runs)):
+            which = (turn + rounds) % len(runs)  # every artifact follows every other equally often
             start = time.perf_counter_ns()
-            sessions[which].run(None, feeds)
+            runs[which]()
             samples[which].append(time.perf_counter_ns() - start)
         rounds += 1
         now = time.monotonic()
@@ -66,18 +92,19 @@ def latency(job: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
             break
         if now - told > 0.5:
             told = now
-            print("progress", rounds, job["min_queries"], file=sys.stderr, flush=True)
-    return {"samples_ns": samples}
+            print("progress", rounds, min_queries, file=sys.stderr, flush=True)
+    gc.enable()
+    return samples
 
 
-def warm_up(session: Any, feeds: dict[str, Any]) -> None:
+def warm_up(run: Callable[[], Any]) -> None:
     """Run until the medians of two successive windows are within 3 %."""
     previous = 0.0
     for _ in range(MOST_WINDOWS):
         window = []
         for _ in range(WINDOW):
             start = time.perf_counter_ns()
-            session.run(None, feeds)
+            run()
             window.append(time.perf_counter_ns() - start)
         median = sorted(window)[WINDOW // 2]
         if abs(median - previous) < 0.03 * median:
@@ -87,11 +114,12 @@ def warm_up(session: Any, feeds: dict[str, Any]) -> None:
 
 def memory(job: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
     (artifact,) = job["artifacts"]
+    importlib.import_module(RUNTIMES[artifact["runtime"]][0])  # what loading a model takes, not a library
     start = time.perf_counter_ns()
-    session = open_model(artifact, job["threads"])
+    run = open_model(artifact, job["threads"], feeds)
     load_ns = time.perf_counter_ns() - start
     for _ in range(3):
-        session.run(None, feeds)
+        run()
     return {"load_ns": load_ns, "peak_rss_bytes": peak_rss()}
 
 

@@ -44,6 +44,24 @@ class Session(_Strict):
     disabled_optimizers: tuple[str, ...] = ()
 
 
+class Engine(_Strict):
+    """What a TensorRT engine was built by and for, and what its layers turned out to be."""
+
+    library: str
+    version: str
+    capability: str
+    """Such as "sm89"; "sm80+" for any GPU from there up."""
+    stripped: bool = False
+    """Whether its weights are in the source graph alone."""
+    layers: int
+    attention: int
+    """Layers that hold an attention's products and softmax in one kernel."""
+    products: dict[str, int]
+    """How many products with a weight are computed in each precision, as the list of layers says."""
+    sparse: int = 0
+    """How many of them have 2:4 weights that the builder was told to look for."""
+
+
 class Parity(_Strict):
     """Artifact against reference, over the shapes that were tried: the worst figure of each."""
 
@@ -65,6 +83,7 @@ class Manifest(_Strict):
     outputs: tuple[str, ...]
     labels: tuple[str, ...] = ()
     session: Session = Session()
+    engine: Engine | None = None
     operators: dict[str, int]
     quantized: dict[str, str] = {}
     """Node name to weight type, for what does not stay in float."""

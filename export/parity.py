@@ -80,6 +80,18 @@ def _repeated(workload: Workload, count: int) -> dict[str, Tensor]:
     return found
 
 
+def prove(workload: Workload, run: Run, *, precision: str, reference: str = "the PyTorch module") -> Parity:
+    """Parity of a freshly written file with the module, at the corners of the declared range, on calibration rows."""
+
+    def module(feed: Feeds) -> NDArray[Any]:
+        with torch.no_grad():
+            result: NDArray[Any] = workload.forward({n: torch.from_numpy(array) for n, array in feed.items()}).numpy()
+        return result
+
+    inputs = (feeds(workload, sizes) for sizes in corners(workload))
+    return check(run, module, inputs, precision=precision, reference_name=reference)
+
+
 @dataclass(frozen=True)
 class _Difference:
     """What is kept of one comparison of outputs with the reference's."""

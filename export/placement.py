@@ -60,7 +60,7 @@ def place(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
     model.opset_imports.setdefault(CONTRIB, 1)
     by_input: dict[tuple[ir.Value, bytes], list[Product]] = {}
     for product in products(model.graph, plan):
-        by_input.setdefault((product.input, _smooth(product, plan).tobytes()), []).append(product)
+        by_input.setdefault((product.input, smoothing(product, plan).tobytes()), []).append(product)
     for siblings in by_input.values():
         _place_products(model.graph, siblings, plan)
     for node in list(model.graph):
@@ -105,7 +105,7 @@ def names(node: str) -> tuple[str, str]:
 
 def _planned(node: ir.Node, plan: QuantizationPlan) -> str:
     """What the plan calls the node, or nothing."""
-    return next((name for name in names(node.name or "") if plan.weights.get(name) == "int8"), "")
+    return next((name for name in names(node.name or "") if plan.weights.get(name) in {"int8", "fp8"}), "")
 
 
 def _constant(value: ir.Value | None) -> Float | None:
@@ -122,7 +122,7 @@ def _bias_after(node: ir.Node, width: int) -> tuple[ir.Node, Float] | None:
     return None if bias is None or bias.shape != (width,) else (uses[0].node, bias)
 
 
-def _smooth(product: Product, plan: QuantizationPlan) -> Float:
+def smoothing(product: Product, plan: QuantizationPlan) -> Float:
     """What the input is divided by before it is quantized, [in]; empty where it is not."""
     scales = plan.smooth.get(product.name)
     if scales is None:
@@ -146,11 +146,11 @@ def _hasten_gelus(graph: ir.Graph) -> None:
 
 def _place_products(graph: ir.Graph, siblings: Sequence[Product], plan: QuantizationPlan) -> None:
     """Products of one input, which is quantized once for them all."""
-    first, smooth = siblings[0], _smooth(siblings[0], plan)
-    value = first.input
+    first, smooth = siblings[0], smoothing(siblings[0], plan)
+    value, label = first.input, first.node.name or first.name  # a module that runs twice has two nodes
     if smooth.size:
         inverse = constant(graph, f"{first.name}.smooth", 1 / smooth)
-        divide = ir.node("Mul", [value, inverse], name=f"{first.name}/Smooth")
+        divide = ir.node("Mul", [value, inverse], name=f"{label}/Smooth")
         graph.insert_before(first.node, divide)
         value = divide.outputs[0]
     spans = [plan.activations.get(product.name) for product in siblings]
@@ -159,10 +159,10 @@ def _place_products(graph: ir.Graph, siblings: Sequence[Product], plan: Quantiza
         scale, zero = _unsigned(min(low for low, _ in known), max(high for _, high in known), first.name)
         constants = [constant(graph, f"{first.name}.input_scale", scale)]
         constants.append(constant(graph, f"{first.name}.input_zero_point", zero))
-        quantize = ir.node("QuantizeLinear", [value, *constants], name=f"{first.name}/QuantizeLinear")
+        quantize = ir.node("QuantizeLinear", [value, *constants], name=f"{label}/QuantizeLinear")
         quantized = (quantize.outputs[0], constants[0], constants[1])
     else:
-        quantize = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{first.name}/DynamicQuantizeLinear")
+        quantize = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{label}/DynamicQuantizeLinear")
         quantized = (quantize.outputs[0], quantize.outputs[1], quantize.outputs[2])
     graph.insert_before(first.node, quantize)
     for product in siblings:
@@ -172,7 +172,7 @@ def _place_products(graph: ir.Graph, siblings: Sequence[Product], plan: Quantiza
 def _place_product(
     graph: ir.Graph, product: Product, plan: QuantizationPlan, quantized: tuple[ir.Value, ir.Value, ir.Value]
 ) -> None:
-    codes, scales = _signed(product, plan)
+    codes, scales = signed(product, plan)
     value, scale, zero = quantized
     label = product.node.name or product.name
     weight = constant(graph, f"{label}.weight_quantized", codes)
@@ -184,11 +184,11 @@ def _place_product(
     take_place(graph, product.last, made.outputs[0])
 
 
-def _signed(product: Product, plan: QuantizationPlan) -> tuple[NDArray[np.int8], Float]:
+def signed(product: Product, plan: QuantizationPlan) -> tuple[NDArray[np.int8], Float]:
     """The weight's codes [in, out] and scales [out], those of the plan where it has some."""
     given = plan.codes.get(product.name)
     if given is None:
-        smooth = _smooth(product, plan)
+        smooth = smoothing(product, plan)
         weight = product.weight * smooth[:, None] if smooth.size else product.weight
         scales = np.maximum(np.abs(weight).max(axis=0), np.finfo(np.float32).tiny * LEVELS) / LARGEST
         codes = np.clip(np.rint(weight / scales), -LARGEST, LARGEST).astype(np.int8)

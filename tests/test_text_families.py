@@ -82,4 +82,4 @@ def test_the_chain(
     for artifact in (floats, integers):
         assert artifact.manifest.parity is not None
         assert len(artifact.manifest.parity.shapes) == 9
-    assert integers.manifest.operators["MatMulInteger"] >= inside
+    assert integers.manifest.operators["MatMulIntegerToFloat"] >= inside

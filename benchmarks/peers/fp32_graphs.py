@@ -34,14 +34,28 @@ def traced(workload: Workload, path: Path) -> None:
     for child in module.modules():
         if hasattr(child, "set_attn_implementation"):
             child.set_attn_implementation("eager")  # type: ignore[operator]
-    example = (torch.ones(1, 16, dtype=torch.int64), torch.ones(1, 16, dtype=torch.int64))
-    axes = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
+    inputs = workload.input_axes
+    example = tuple(workload.example[name] for name in inputs)
+    axes = {name: {place: axis.name for place, axis in of_input.items()} for name, of_input in inputs.items()}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         names = list(axes)
         torch.onnx.export(
             module, example, path, dynamo=False, input_names=names, output_names=["logits"], dynamic_axes=axes
         )
+
+
+def fused(workload: Workload, source: Path, path: Path) -> None:
+    """``source`` with the fusions of onnxruntime.transformers."""
+    result = optimizer.optimize_model(
+        str(source),
+        model_type="bert",
+        num_heads=workload.structure.of_kind("head")[0].count,
+        hidden_size=workload.structure.hidden_size,
+        optimization_options=FusionOptions("bert"),
+        opt_level=0,
+    )
+    result.save_model_to_file(str(path))
 
 
 def variant(like: Artifact, name: str, graph: Path) -> Artifact:
@@ -70,20 +84,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         ours = ep.export(workload, Path(place) / "ours")
         plain = Path(place) / "traced" / "traced.onnx"
-        fused = Path(place) / "fused" / "fused.onnx"
-        for path in (plain, fused):
+        fewer = Path(place) / "fused" / "fused.onnx"
+        for path in (plain, fewer):
             path.parent.mkdir()
         traced(workload, plain)
-        heads = workload.structure.of_kind("head")[0].count
-        result = optimizer.optimize_model(
-            str(plain),
-            model_type="bert",
-            num_heads=heads,
-            hidden_size=workload.structure.hidden_size,
-            optimization_options=FusionOptions("bert"),
-            opt_level=0,
-        )
-        result.save_model_to_file(str(fused))
+        fused(workload, plain, fewer)
         candidates = [
             *(
                 replace(
@@ -93,7 +98,7 @@ def main() -> None:
                 for form in backend.FORMS
             ),
             variant(ours, "traced export", plain),
-            variant(ours, "fused by onnxruntime.transformers", fused),
+            variant(ours, "fused by onnxruntime.transformers", fewer),
         ]
         taken = load.benchmark(candidates, target=options.target, min_queries=options.queries, min_seconds=60)
         rows = compare.rows(taken)

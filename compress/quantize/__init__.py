@@ -6,12 +6,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ...errors import UnavailableError, UsageError
+from ...errors import UsageError
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 
-METHODS = ("int8_dynamic", "int8", "int8_weight", "int4", "fp16", "bf16")
-PLANNED = ("fp8",)
+METHODS = ("int8_dynamic", "int8", "int8_weight", "int4", "fp16", "bf16", "fp8")
 
 
 def get(name: str) -> ModuleType:
@@ -20,9 +19,7 @@ def get(name: str) -> ModuleType:
     if word in METHODS:
         return import_module(f"{__name__}.{word}")
     known = ", ".join(method.replace("_", "-") for method in METHODS)
-    if name in PLANNED:
-        raise UnavailableError(f"The scheme '{name}' is not available yet in this version (available: {known}).")
-    raise UsageError(f"There is no scheme '{name}' (available: {known}; planned: {', '.join(PLANNED)}).")
+    raise UsageError(f"There is no scheme '{name}' (available: {known}).")
 
 
 def quantize(workload: Workload, scheme: str = "int8-dynamic", **options: Any) -> QuantizationPlan:

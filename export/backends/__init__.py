@@ -11,8 +11,8 @@ from types import ModuleType
 
 from ...errors import UnavailableError, UsageError
 
-BACKENDS = ("onnx",)
-PLANNED = ("tensorrt", "openvino")
+BACKENDS = ("onnx", "tensorrt")
+PLANNED = ("openvino",)
 
 
 def get(name: str) -> ModuleType:

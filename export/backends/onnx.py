@@ -47,6 +47,7 @@ QUANTIZED = ("Gather", "MatMul", "Gemm", "LSTM")
 INTEGER = ("int8", "int8-dynamic")
 REWRITERS = {"int4": nbits.rewrite, "int8-weight": nbits.rewrite, "fp16": halves.store, "bf16": halves.store}
 """What writes a scheme's weights into a float graph."""
+SCHEMES = ("fp32", *INTEGER, *REWRITERS)
 
 
 def write(
@@ -89,7 +90,7 @@ def write(
             model_file=MODEL_FILE,
             precision=plan.scheme,
             files={},
-            inputs=_inputs(workload),
+            inputs=inputs(workload),
             outputs=tuple(output.name for output in final.graph.output),
             labels=workload.skeleton.labels,
             session=FORMS[form],
@@ -101,7 +102,8 @@ def write(
             parent=sha256(base.model_file) if base is not None else None,
             tools={tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")},
         )
-        proof = _prove(workload, Artifact(place, manifest))
+        with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as session:
+            proof = parity.prove(workload, lambda feed: session.run(feed)[0], precision=plan.scheme)
         manifest = manifest.model_copy(update={"parity": proof})
         manifest = artifacts.seal(place, manifest, {n: f for n, f in workload.files.items() if not n.endswith(".py")})
     return Artifact(folder, manifest)
@@ -234,8 +236,7 @@ def quantize_graph(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -
     or table in the graph.
     """
     if plan.scheme not in INTEGER:
-        able = ", ".join(("fp32", *INTEGER, *REWRITERS))
-        raise UsageError(f"The onnx runtime cannot write the scheme '{plan.scheme}' (it can: {able}).")
+        raise UsageError(f"The onnx runtime cannot write the scheme '{plan.scheme}' (it can: {', '.join(SCHEMES)}).")
     known = {name for node in graph.graph.node if node.op_type in QUANTIZED for name in placement.names(node.name)}
     missing = [name for name in plan.weights if name not in known]
     if missing:
@@ -310,7 +311,8 @@ class OnnxSession:
         return outputs
 
 
-def _inputs(workload: Workload) -> dict[str, artifacts.Input]:
+def inputs(workload: Workload) -> dict[str, artifacts.Input]:
+    """What a manifest says of the inputs of ``workload``."""
     made = {}
     for name, axes in workload.input_axes.items():
         tensor = workload.example[name]
@@ -325,21 +327,3 @@ def _inputs(workload: Workload) -> dict[str, artifacts.Input]:
             below=below,
         )
     return made
-
-
-def _prove(workload: Workload, artifact: Artifact) -> artifacts.Parity:
-    """Parity of a freshly written file with the module, at the corners of the declared range, on calibration rows."""
-
-    def reference(feed: parity.Feeds) -> NDArray[Any]:
-        with torch.no_grad():
-            result: NDArray[Any] = workload.forward({n: torch.from_numpy(array) for n, array in feed.items()}).numpy()
-        return result
-
-    with open_session(artifact, threads=torch.get_num_threads()) as session:
-        return parity.check(
-            lambda feed: session.run(feed)[0],
-            reference,
-            (parity.feeds(workload, sizes) for sizes in parity.corners(workload)),
-            precision=artifact.precision,
-            reference_name="the PyTorch module",
-        )

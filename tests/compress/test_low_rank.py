@@ -205,7 +205,7 @@ def test_the_file_computes_it_in_float_and_in_integers(workload: Any, tmp_path: 
     plan = ep.quantize(small, "int8-dynamic")
     assert {f"{name}.down", f"{name}.up"} <= plan.weights.keys()
     integers = ep.export(small, tmp_path / "int8", plan)
-    assert integers.manifest.operators["MatMulInteger"] == len([n for n in plan.weights if ".layer." in n])
+    assert integers.manifest.operators["MatMulIntegerToFloat"] == len([n for n in plan.weights if ".layer." in n])
     inputs = _inputs(small)
     with open_session(written) as session, torch.no_grad():
         (got,) = session.run({name: tensor.numpy() for name, tensor in inputs.items()})

@@ -122,7 +122,7 @@ def test_zeros_survive_saving_and_export(workload: Any, tmp_path: Path) -> None:
         assert torch.equal(back.forward(inputs), thin.forward(inputs))
     written = ep.export(back, tmp_path / "fp32")
     integers = ep.export(back, tmp_path / "int8", ep.quantize(back, "int8-dynamic"))
-    for artifact, operator in ((written, "MatMul"), (integers, "MatMulInteger")):
+    for artifact, operator in ((written, "MatMul"), (integers, "MatMulIntegerToFloat")):
         graph = onnx.load(artifact.model_file).graph
         held = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
         products = [node for node in graph.node if node.op_type == operator and node.input[1] in held]

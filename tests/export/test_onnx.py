@@ -135,7 +135,7 @@ def test_missing_folders_and_files(copied: Path, tmp_path: Path) -> None:
 
 def test_runtimes_that_are_planned_and_that_are_not() -> None:
     with pytest.raises(UnavailableError, match="not available yet"):
-        backends.get("tensorrt")
+        backends.get("openvino")
     with pytest.raises(UsageError, match="onnx"):
         backends.get("caffe")
 
