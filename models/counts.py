@@ -19,6 +19,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 
 
+def beside(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``inputs`` on the device that holds the module's parameters."""
+    like = next(module.parameters(), None)
+    return {name: tensor if like is None else tensor.to(like.device) for name, tensor in inputs.items()}
+
+
 def observe(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, list[Call]]:
     """The calls of every layer with a matrix while ``module`` runs on ``example``, by the layer's path."""
     calls: dict[str, list[Call]] = {}
@@ -39,7 +45,7 @@ def observe(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, list[
     ]
     try:
         with torch.no_grad():
-            module(**example)
+            module(**beside(module, example))
     finally:
         for handle in handles:
             handle.remove()
@@ -54,6 +60,7 @@ def row_axes(module: nn.Module, example: Mapping[str, Tensor], names: Iterable[s
         module.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape))
         for name, seen in shapes.items()
     ]
+    example = beside(module, example)
     try:
         with torch.no_grad():
             module(**example)

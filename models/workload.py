@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import InputError, UnavailableError, UsageError
 from ..plan import PruningPlan
 from . import measures, tasks
+from .counts import beside
 from .data import Batch, Data
 from .skeleton import Skeleton
 from .structure import Structure
@@ -87,8 +88,7 @@ class Workload:
         model, [images, texts] of a pair of towers, the last hidden state of a bare encoder.
 
         It is on the device of the module, to which ``inputs`` are brought."""
-        device = next(self.module.parameters()).device
-        return answer(self.module(**{name: tensor.to(device) for name, tensor in inputs.items()}))
+        return answer(self.module(**beside(self.module, inputs)))
 
     @property
     def task(self) -> Task:
