@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
 import os
@@ -126,7 +127,7 @@ class Quantized(nn.Module):
     def __init__(self, layer: nn.Linear, kind: str) -> None:
         super().__init__()
         self.kind, self.bias = kind, layer.bias
-        self.type, self.most = (torch.float8_e4m3fn, 448.0) if kind == "fp8" else (torch.int8, 127.0)
+        self.code_type, self.most = (torch.float8_e4m3fn, 448.0) if kind == "fp8" else (torch.int8, 127.0)
         codes, scales = self.rounded(layer.weight.detach().float())
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.T.contiguous())
@@ -134,29 +135,28 @@ class Quantized(nn.Module):
     def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scales = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / self.most
         codes = x.float() / scales
-        return (codes.round() if self.kind == "int8" else codes).to(self.type), scales
+        return (codes.round() if self.kind == "int8" else codes).to(self.code_type), scales
 
     def forward(self, x: Tensor) -> Tensor:
         codes, scales = self.rounded(x.flatten(0, -2))
-        weight: Any = self.codes
+        weight, of_channel = self.get_buffer("codes"), self.get_buffer("scales")
         if self.kind == "fp8":
-            made = torch._scaled_mm(codes, weight.t(), scales, self.scales, out_dtype=torch.bfloat16)
+            made = torch._scaled_mm(codes, weight.t(), scales, of_channel, out_dtype=torch.bfloat16)
         else:
-            made = torch._int_mm(codes, weight.t()) * scales * self.scales
-        made = made.to(x.dtype).unflatten(0, x.shape[:-1])
+            made = torch._int_mm(codes, weight.t()) * scales * of_channel
+        made = made.to(x.dtype).reshape(*x.shape[:-1], -1)
         return made if self.bias is None else made + self.bias
 
 
 def torch_module(workload: Any, variant: Variant, device: str) -> nn.Module:
     """The module in the precision of ``variant``; what FP8 and INT8 leave is BF16, whose range the product gives."""
-    from copy import deepcopy
 
-    module = deepcopy(workload.module)
+    module: nn.Module = copy.deepcopy(workload.module)
     narrow = TORCH_DTYPES.get(variant.precision, torch.bfloat16)
-    module = module.to(device=device, dtype=narrow)
+    module.to(device=device, dtype=narrow)
     names = linear_layers(workload)
     for name in names:
-        layer = module.get_submodule(name)
+        layer: Any = module.get_submodule(name)
         if variant.precision in {"fp8", "int8"}:
             owner, _, last = name.rpartition(".")
             setattr(module.get_submodule(owner), last, Quantized(layer, variant.precision))
@@ -199,7 +199,7 @@ def prepare_torch(workload: Any, variant: Variant, feeds: Feeds, *, module: nn.M
 
 def graphed(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """``forward`` captured as a CUDA graph, after runs in which what is compiled, tuned or allocated once is."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -573,7 +573,7 @@ def describe(device: str) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     found |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}"}
     found |= {"gpu_memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
-    found |= {"cudnn": torch.backends.cudnn.version()}
+    found |= {"cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
         told = subprocess.run(  # noqa: S603 - no user input in it
