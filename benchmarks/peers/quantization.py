@@ -1,7 +1,7 @@
 """Post-training quantization: edgepress, the tools of ONNX Runtime, and NNCF on OpenVINO, on one machine in one run.
 
     python benchmarks/peers/quantization.py [--model zoo:minilm-reviews] [--shapes 1x32,1x128,8x32,8x128]
-        [--threads 1,2] [-o result.json]
+        [--threads 1,2] [-o result.json]        with nncf and openvino installed
 
 Every contender gets the same float model and the same calibration rows. For each shape and number of threads all of
 them are measured in one process, interleaved round by round. ``cosine`` is the mean, over evaluation rows, of that
