@@ -77,11 +77,9 @@ def place(graph: onnx.ModelProto, plan: QuantizationPlan, scale_type: np.dtype[A
 def _place(graph: ir.Graph, siblings: Sequence[Product], plan: QuantizationPlan, scale_type: np.dtype[Any]) -> None:
     """Products of one input, which is quantized once for them all."""
     first, scales, grid = siblings[0], smoothing(siblings[0], plan), GRIDS[plan.scheme]
-    value = first.input
+    value, label = first.input, first.node.name or first.name  # a module that runs twice has two nodes
     if scales.size:
-        divide = ir.node(
-            "Mul", [value, constant(graph, f"{first.name}.smooth", 1 / scales)], name=f"{first.name}/Smooth"
-        )
+        divide = ir.node("Mul", [value, constant(graph, f"{first.name}.smooth", 1 / scales)], name=f"{label}/Smooth")
         graph.insert_before(first.node, divide)
         value = _typed(divide, ir.DataType.FLOAT, first.input.shape)
     ends = [abs(end) for product in siblings for end in plan.activations.get(product.name, (np.inf,))]
@@ -89,9 +87,9 @@ def _place(graph: ir.Graph, siblings: Sequence[Product], plan: QuantizationPlan,
         raise InputError(f"The input of '{first.name}' cannot be quantized over a range that ends at {max(ends):g}.")
     input_scale = constant(graph, f"{first.name}.input_scale", _held(np.asarray(max(ends) / grid.largest), scale_type))
     zero = constant(graph, f"{grid.dtype.name}.zero", np.zeros((), grid.dtype))
-    quantize = ir.node("QuantizeLinear", [value, input_scale, zero], name=f"{first.name}.input/QuantizeLinear")
+    quantize = ir.node("QuantizeLinear", [value, input_scale, zero], name=f"{label}/Input/QuantizeLinear")
     code = _typed(quantize, ir.DataType.from_numpy(grid.dtype), value.shape)
-    back = ir.node("DequantizeLinear", [code, input_scale, zero], name=f"{first.name}.input/DequantizeLinear")
+    back = ir.node("DequantizeLinear", [code, input_scale, zero], name=f"{label}/Input/DequantizeLinear")
     graph.insert_before(first.node, [quantize, back])
     read = _typed(back, ir.DataType.FLOAT, value.shape)
     largest = max(float(np.abs(_weight(one, plan)).max()) for one in siblings)  # of one scale, they become one product

@@ -142,9 +142,8 @@ def test_a_tied_table_and_head_are_in_the_file_once(decoder: Any, exported: Any,
     assert small.size_bytes < 1.25 * numbers  # a byte a weight, five for every block, and the graph
 
 
-@pytest.mark.parametrize("scheme", METHODS)
-def test_every_scheme_reaches_a_file(scheme: str, workload: Any, tmp_path: Path) -> None:
-    word = scheme.replace("_", "-")
+@pytest.mark.parametrize("word", [name.replace("_", "-") for name in METHODS if name != "fp8"])  # which is TensorRT's
+def test_every_scheme_reaches_a_file(word: str, workload: Any, tmp_path: Path) -> None:
     artifact = ep.export(workload, tmp_path / word, ep.quantize(workload, word))
     assert artifact.precision == word
     assert artifact.manifest.quantized

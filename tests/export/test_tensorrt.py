@@ -34,6 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FAST = {"int8": {"rows": 16, "smooth": "none", "correct_bias": False}, "fp8": {"rows": 16}}
 """Plans that leave the module's weights as they are, so that one export serves all precisions."""
 SCHEMES = ("fp16", "bf16", "int8", "fp8")
+HOPPER = engines.present() == 90
+on_this_gpu = pytest.mark.skipif(HOPPER, reason="TensorRT-RTX does not run on Hopper")
 CAPABILITIES = ("sm80", "sm86", "sm89", "sm120")
 
 
@@ -371,6 +373,7 @@ def test_fp8_chooses_what_int8_does(workload: Any) -> None:
 
 
 @pytest.mark.gpu
+@on_this_gpu
 @pytest.mark.parametrize("scheme", ["fp32", "fp16", "bf16", "int8"])
 @pytest.mark.parametrize("name", ["bert", "vit-fashion", "llama-stdlib"])
 def test_an_engine_on_this_gpu(name: str, scheme: str, pruned: Any, tmp_path: Path) -> None:
@@ -397,6 +400,19 @@ def test_an_engine_on_this_gpu(name: str, scheme: str, pruned: Any, tmp_path: Pa
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="there is no GPU that TensorRT-RTX does not run on")
+def test_a_gpu_that_the_library_does_not_know(pruned: Any, base: Any, tmp_path: Path) -> None:
+    artifact = tensorrt.write(pruned, plan(pruned, "fp16"), tmp_path / "engine", base=base)
+    assert artifact.manifest.engine.capability == "sm80+"
+    assert artifact.manifest.parity.cosine > 1 - 1e-5  # of its graph
+    unknown = pytest.raises(UnavailableError, match=r"cannot load this engine: .*compute capability 9\.0")
+    with unknown as raised, tensorrt.open_session(artifact):
+        pass
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gpu
+@on_this_gpu
 def test_the_inspector_agrees_with_the_log(pruned: Any, graph_of: Any, tmp_path: Path) -> None:
     path = graph_of(pruned, "fp16", tmp_path)
     engine = engines.build(path, tensorrt.ranges(pruned, {}))
@@ -406,6 +422,7 @@ def test_the_inspector_agrees_with_the_log(pruned: Any, graph_of: Any, tmp_path:
 
 
 @pytest.mark.gpu
+@on_this_gpu
 def test_a_stripped_engine_gets_its_weights_back(pruned: Any, tmp_path: Path) -> None:
     made = plan(pruned, "fp16")
     whole = tensorrt.write(pruned, made, tmp_path / "whole")
