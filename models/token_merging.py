@@ -9,7 +9,8 @@ Source: Token Merging: Your ViT But Faster, Bolya et al. 2023 (arXiv 2210.09461)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -183,6 +184,20 @@ def mark(blocks: nn.ModuleList) -> None:
     for place, block in enumerate(blocks):
         if isinstance(block, MergingBlock):
             block.first, block.last = place == 0, place == len(blocks) - 1
+
+
+@contextmanager
+def unmerged(*modules: nn.Module) -> Iterator[None]:
+    """Within the context no block of ``modules`` merges tokens: position by position, they can be compared."""
+    merges = [block.merging for module in modules for block in module.modules() if isinstance(block, MergingBlock)]
+    before = [merge.r for merge in merges]
+    for merge in merges:
+        merge.r = 0
+    try:
+        yield
+    finally:
+        for merge, r in zip(merges, before, strict=True):
+            merge.r = r
 
 
 def merged(module: nn.Module) -> list[int]:

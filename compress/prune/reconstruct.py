@@ -13,7 +13,8 @@ the sum is t = s_o + c (W_o x_o + b_o). In the pruned model the stream is s_p, d
 features. The sum over tokens of |W x_p + b - (t - s_p) / c|^2 + λ |W - W_p|^2 is least, with Y = (t - s_p) / c,
 z = [x_p; 1] and V = [W b], where V = (Y zᵀ + λ V_p) (z zᵀ + λ I)⁻¹: λ pulls towards the weights as they are, so few
 rows cannot ruin a layer. A consumer without a bias gets none: z = x_p. A block that runs several times is solved for
-all of its runs at once, each with the stream as it is before.
+all of its runs at once, each with the stream as it is before. Models that merge tokens are solved with every token in
+its place: they would not merge the same ones, and t and s_p not be of one token.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def reconstruct(
     stream = hidden.kept(original, pruned)
     batches = list(sample.batches(BATCH))
     then, now = Replay(original, batches), Replay(result, batches)
-    with torch.no_grad():
+    with torch.no_grad(), token_merging.unmerged(original.module, result.module):
         for done, site in enumerate(sites, 1):
             before = original.structure.site(site.kind, layers[site.layer])
             _solve((then, before), (now, site), ridge, stream)

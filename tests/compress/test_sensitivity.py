@@ -75,6 +75,7 @@ def test_the_fewest_operators_stay_in_float(with_rows: Callable[..., Any]) -> No
         assert mixed.activations.keys() == mixed.weights.keys()
         counts.append(len(kept))
     assert counts[0] == 0
+    assert counts == sorted(counts)
     assert counts[-1] > 1
     with pytest.raises(ConstraintError, match="No operator of bert can be quantized"):
         sensitivity.mixed(workload, plan, found.whole * 1e-9)

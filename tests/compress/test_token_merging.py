@@ -171,11 +171,10 @@ def test_scores_and_reconstruction_of_a_model_that_merges(with_rows: Any) -> Non
     assert torch.isfinite(scores.values).all()
     pruned = ep.prune(small, scores, ratio=0.5)
     mended = reconstruct(small, pruned)
-    inputs = next(small.data.calibration.batches(len(small.data.calibration))).inputs
+    inputs = next(small.data.calibration.batches(10)).inputs
     with torch.no_grad():
         wanted, before, after = (model.forward(inputs) for model in (small, pruned, mended))
-    # each layer is solved for its own output, of which random weights carry little to the answer
-    assert (after - wanted).square().mean() < 1.1 * (before - wanted).square().mean()
+    assert (after - wanted).square().mean() < 0.7 * (before - wanted).square().mean()
     with pytest.raises(UsageError, match="merge then"):
         reconstruct(with_rows("vit"), small)
 

@@ -129,7 +129,9 @@ def build(name: str, length: int = 12) -> Any:
     architecture, options = MODELS[name]
     model_type = name.split(",", maxsplit=1)[0]
     config = AutoConfig.for_model(model_type, **options)
-    module = model_class(architecture, type(config))(config).double().eval()
+    with torch.random.fork_rng():  # what a library draws as it builds a model comes from the global generator
+        torch.manual_seed(0)
+        module = model_class(architecture, type(config))(config).double().eval()
     for child in module.modules():
         if type(child).__name__.endswith(("RMSNorm", "T5LayerNorm")):  # the library computes these in float32
             child.forward = MethodType(_norm, child)
