@@ -136,6 +136,7 @@ def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "limits: {max_drop: 30}\n"
         "levels: [{head: 0.5, ffn: 0.5, block: 0.34}]\n"
         "recover: {steps: 15, batch: 16}\n"
+        "quantize: {scheme: int8-dynamic}\n"
         "measure: {sequence: 64, min_queries: 200, min_seconds: 2}\n",
         encoding="utf-8",
     )

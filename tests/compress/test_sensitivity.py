@@ -65,8 +65,8 @@ def test_the_fewest_operators_stay_in_float(with_rows: Callable[..., Any]) -> No
     order = found.order()
     trials = sensitivity.Trials(workload, rows=32, seed=0)
     counts = []
-    for most in (0, 3, 7, len(order) - 1):
-        budget = trials.distance(plan, order[most:])
+    # one operator more in float can cost: errors of two can cancel
+    for budget in sorted((trials.distance(plan, order[most:]) for most in (0, 3, 7, len(order) - 1)), reverse=True):
         mixed = sensitivity.mixed(workload, plan, budget)
         kept = [name for name in order if name not in mixed.weights]
         assert kept == order[: len(kept)]
