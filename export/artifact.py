@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
 from ..files import sha256
-from ..plan import read_json
+from ..plan import QuantizationPlan, read_json
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from ..models.workload import Workload
 
 MANIFEST = "manifest.json"
 
@@ -127,6 +134,60 @@ def seal(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manife
     sealed = manifest.model_copy(update={"files": sums})
     (folder / MANIFEST).write_text(json.dumps(sealed.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     return sealed
+
+
+def describe(
+    workload: Workload,
+    plan: QuantizationPlan,
+    graph: ModelProto,
+    *,
+    runtime: str,
+    file: str,
+    name: str | None,
+    base: Artifact | None,
+) -> Manifest:
+    """The manifest of ``workload`` in the precision of ``plan``, computed as ``graph`` says, before it is proven."""
+    return Manifest(
+        name=name or workload.name,
+        runtime=runtime,
+        model_file=file,
+        precision=plan.scheme,
+        files={},
+        inputs=inputs_of(workload),
+        outputs=tuple(output.name for output in graph.graph.output),
+        labels=workload.skeleton.labels,
+        operators=dict(sorted(Counter(node.op_type for node in graph.graph.node).items())),
+        quantized=dict(plan.weights),
+        params=workload.params,
+        macs=workload.macs,
+        parity=None,
+        parent=sha256(base.model_file) if base is not None else None,
+        tools={},
+    )
+
+
+def inputs_of(workload: Workload) -> dict[str, Input]:
+    """What a manifest says of the inputs of ``workload``."""
+    made = {}
+    for name, axes in workload.input_axes.items():
+        tensor = workload.example[name]
+        below = 0
+        if not tensor.is_floating_point():
+            known = workload.skeleton.config.get("vocab_size") if name.endswith("input_ids") else None
+            below = known if isinstance(known, int) else int(tensor.max()) + 1
+        made[name] = Input(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            axes={str(place): Axis(name=a.name, min=a.min, max=a.max) for place, a in axes.items()},
+            below=below,
+        )
+    return made
+
+
+def seal_proven(folder: Path, manifest: Manifest, proof: Parity, workload: Workload) -> Manifest:
+    """Seal with the proof, and with the files that came with the workload, but for code."""
+    files = {name: content for name, content in workload.files.items() if not name.endswith(".py")}
+    return seal(folder, manifest.model_copy(update={"parity": proof}), files)
 
 
 def open_artifact(folder: Path) -> Artifact:

@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...errors import InputError, UnavailableError, UsageError
-from ...files import new_folder, sha256
+from ...files import new_folder
 from ...models import tasks
 from ...models.dequantize import dequantized
 from ...models.workload import Workload, answer
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
 from .. import halves, nbits, parity, placement
-from ..artifact import Artifact, Manifest, Session
+from ..artifact import Artifact, Session
 
 FORMS: dict[str, Session] = {
     "default": Session(),
@@ -84,28 +84,12 @@ def write(
             quantize_graph(graph, plan, path)
         final = onnx.load(path)
         onnx.checker.check_model(final, full_check=False)
-        manifest = Manifest(
-            name=name or workload.name,
-            runtime="onnx",
-            model_file=MODEL_FILE,
-            precision=plan.scheme,
-            files={},
-            inputs=inputs(workload),
-            outputs=tuple(output.name for output in final.graph.output),
-            labels=workload.skeleton.labels,
-            session=FORMS[form],
-            operators=dict(sorted(Counter(node.op_type for node in final.graph.node).items())),
-            quantized=dict(plan.weights),
-            params=workload.params,
-            macs=workload.macs,
-            parity=None,
-            parent=sha256(base.model_file) if base is not None else None,
-            tools={tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")},
-        )
+        described = artifacts.describe(workload, plan, final, runtime="onnx", file=MODEL_FILE, name=name, base=base)
+        tools = {tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")}
+        manifest = described.model_copy(update={"session": FORMS[form], "tools": tools})
         with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as session:
             proof = parity.prove(workload, lambda feed: session.run(feed)[0], precision=plan.scheme)
-        manifest = manifest.model_copy(update={"parity": proof})
-        manifest = artifacts.seal(place, manifest, {n: f for n, f in workload.files.items() if not n.endswith(".py")})
+        manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
 
 
@@ -309,21 +293,3 @@ class OnnxSession:
     def run(self, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         outputs: list[NDArray[Any]] = self._session.run(None, feeds)
         return outputs
-
-
-def inputs(workload: Workload) -> dict[str, artifacts.Input]:
-    """What a manifest says of the inputs of ``workload``."""
-    made = {}
-    for name, axes in workload.input_axes.items():
-        tensor = workload.example[name]
-        below = 0
-        if not tensor.is_floating_point():
-            known = workload.skeleton.config.get("vocab_size") if name.endswith("input_ids") else None
-            below = known if isinstance(known, int) else int(tensor.max()) + 1
-        made[name] = artifacts.Input(
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=tuple(tensor.shape),
-            axes={str(place): artifacts.Axis(name=a.name, min=a.min, max=a.max) for place, a in axes.items()},
-            below=below,
-        )
-    return made

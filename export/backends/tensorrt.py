@@ -11,7 +11,7 @@ Source  docs.nvidia.com/deeplearning/tensorrt; docs.nvidia.com/deeplearning/tens
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import InputError, UnavailableError, UsageError
-from ...files import new_folder, sha256
+from ...files import new_folder
 from ...models.dequantize import dequantized
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
 from .. import engine as engines
 from .. import layers, parity, qdq, typed
-from ..artifact import Artifact, Manifest
+from ..artifact import Artifact
 from ..placement import names
 from . import onnx as onnx_backend
 
@@ -101,37 +101,31 @@ def write(
             timing_cache=timing_cache,
         )
         (place / MODEL_FILE).write_bytes(built.plan)
+        described = artifacts.describe(workload, plan, graph, runtime="tensorrt", file=MODEL_FILE, name=name, base=base)
         tools = {tool: version(tool) for tool in ("torch", "onnx", "transformers")}
-        manifest = Manifest(
-            name=name or workload.name,
-            runtime="tensorrt",
-            model_file=MODEL_FILE,
-            precision=plan.scheme,
-            files={},
-            inputs=onnx_backend.inputs(workload),
-            outputs=tuple(output.name for output in graph.graph.output),
-            labels=workload.skeleton.labels,
-            engine=artifacts.Engine(
-                library=built.library,
-                version=built.version,
-                capability=built.capability,
-                stripped=stripped,
-                layers=len(built.layers),
-                attention=sum(layer.is_attention for layer in built.layers),
-                products=layers.check(built.layers, layers.products(graph)),
-                sparse=len(zeros),
-            ),
-            operators=dict(sorted(Counter(node.op_type for node in graph.graph.node).items())),
-            quantized={n: k for n, k in plan.weights.items() if plan.scheme not in qdq.GRIDS or n in plan.activations},
-            params=workload.params,
-            macs=workload.macs,
-            parity=None,
-            parent=sha256(base.model_file) if base is not None else None,
-            tools={**tools, built.library: built.version},
-        )
-        manifest = manifest.model_copy(update={"parity": _prove(workload, Artifact(place, manifest), graph)})
-        manifest = artifacts.seal(place, manifest, {n: f for n, f in workload.files.items() if not n.endswith(".py")})
+        narrow = {name: kind for name, kind in plan.weights.items() if name in plan.activations}
+        more = {
+            "engine": _facts(built, graph, stripped=stripped, sparse=len(zeros)),
+            "quantized": narrow if plan.scheme in qdq.GRIDS else described.quantized,
+            "tools": {**tools, built.library: built.version},
+        }
+        manifest = described.model_copy(update=more)
+        manifest = artifacts.seal_proven(place, manifest, _prove(workload, Artifact(place, manifest), graph), workload)
     return Artifact(folder, manifest)
+
+
+def _facts(built: engines.Engine, graph: onnx.ModelProto, *, stripped: bool, sparse: int) -> artifacts.Engine:
+    """What the manifest says of an engine. PrecisionError where a product got another precision than in ``graph``."""
+    return artifacts.Engine(
+        library=built.library,
+        version=built.version,
+        capability=built.capability,
+        stripped=stripped,
+        layers=len(built.layers),
+        attention=sum(layer.is_attention for layer in built.layers),
+        products=layers.check(built.layers, layers.products(graph)),
+        sparse=sparse,
+    )
 
 
 def typed_graph(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
