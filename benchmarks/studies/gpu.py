@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import gc
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,223 +33,39 @@ from typing import Any
 import edgepress as ep
 import numpy as np
 import torch
-from edgepress.benchmarks import compare
+from edgepress.benchmarks import compare, runner
 from edgepress.benchmarks.environment import fingerprint
 from edgepress.benchmarks.measurement import Measurement
-from edgepress.compress.prune.inputs import linear_layers
+from edgepress.benchmarks.studies.gpu_forms import (
+    PLAIN,
+    REFERENCE,
+    VARIANTS,
+    Feeds,
+    Prepared,
+    Unavailable,
+    Variant,
+    prepare_onnxruntime,
+    prepare_tensorrt,
+    prepare_torch,
+    torch_module,
+)
+from edgepress.benchmarks.studies.gpu_table import table
 from edgepress.compress.prune.reconstruct import reconstruct
 from edgepress.compress.prune.sparsity import sparsify
 from edgepress.export import parity
 from edgepress.models import checkpoint, metrics
 from edgepress.models import workload as workloads
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 MODELS = ("minilm-reviews", "vit-fashion", "dinov2-fashion")
-Feeds = dict[str, NDArray[Any]]
-TORCH_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LATE = "Not measured"
-ROUNDS, LEAST_ROUNDS, WARMUP_SECONDS = 1000, 30, 0.2
+ROUNDS = 1000
 TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 8e-2}
 """Largest error of a plain precision, in units of the reference's largest output, beyond which a form is broken."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    change: str
-    """``original``, ``pruned`` (half of the heads and channels, distilled) or ``2:4``."""
-    precision: str
-    runtime: str
-    """``torch``, ``onnxruntime`` or ``tensorrt``."""
-    form: str
-    """Of PyTorch: ``eager``; ``graph``, the same as a CUDA graph; ``compile``, by Inductor, as a CUDA graph."""
-    seconds: float = 2
-    """What it takes to make it, about; it is not begun where less time is left."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.change} {self.precision} {self.runtime} {self.form}"
-
-
-REFERENCE = Variant("original", "fp32", "torch", "eager")
-PLAIN = Variant("original", "fp16", "torch", "graph")
-"""Measured again beside whatever is measured later, so that there is something to compare with."""
-VARIANTS = (
-    REFERENCE,
-    Variant("original", "fp16", "torch", "eager"),
-    *(Variant("original", precision, "torch", "graph") for precision in ("fp32", "tf32", "fp16", "bf16")),
-    Variant("pruned", "fp16", "torch", "graph"),
-    *(Variant("original", precision, "torch", "graph") for precision in ("fp8", "int8")),
-    Variant("2:4", "fp16", "torch", "eager"),
-    Variant("2:4", "fp16", "torch", "graph"),
-    Variant("original", "fp16", "torch", "compile", 25),
-    Variant("pruned", "fp16", "torch", "compile", 25),
-    *(Variant("original", precision, "tensorrt", "engine", 15) for precision in ("fp16", "int8", "fp8", "fp32")),
-    *(Variant("pruned", precision, "tensorrt", "engine", 15) for precision in ("fp16", "int8", "fp8")),
-    *(Variant("2:4", precision, "tensorrt", "engine", 15) for precision in ("fp16", "int8")),
-    *(Variant("original", precision, "torch", "compile", 25) for precision in ("fp8", "int8")),
-    Variant("pruned", "fp8", "torch", "compile", 25),
-    Variant("2:4", "fp16", "torch", "compile", 25),
-    *(Variant("original", precision, "onnxruntime", "cuda", 10) for precision in ("fp32", "fp16", "int8")),
-    Variant("pruned", "fp16", "onnxruntime", "cuda", 10),
-)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A variant ready to run in one input shape."""
-
-    go: Callable[[], Any]
-    """One inference of what lies on the device, waited for."""
-    whole: Callable[[Feeds], NDArray[Any]]
-    """From the host's arrays to the host's array."""
-    size_bytes: int
-    params: int
-
-
 class Broken(Exception):  # noqa: N818
     """The GPU answers nothing more in this process, as after an illegal access."""
-
-
-class Unavailable(Exception):  # noqa: N818 - a reason, which becomes a row
-    """Why there is no such variant here, in the library's words."""
-
-
-# ---- PyTorch
-
-
-class Quantized(nn.Module):
-    """A linear layer in 8 bits, by PyTorch's own products: a scale for each row of the input as it comes, and one for
-    each output channel. ``kind`` is ``fp8`` (E4M3) or ``int8``."""
-
-    def __init__(self, layer: nn.Linear, kind: str) -> None:
-        super().__init__()
-        self.kind, self.bias = kind, layer.bias
-        self.code_type, self.most = (torch.float8_e4m3fn, 448.0) if kind == "fp8" else (torch.int8, 127.0)
-        codes, scales = self.rounded(layer.weight.detach().float())
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales.T.contiguous())
-
-    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scales = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / self.most
-        codes = x.float() / scales
-        return (codes.round() if self.kind == "int8" else codes).to(self.code_type), scales
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes, scales = self.rounded(x.flatten(0, -2))
-        weight, of_channel = self.get_buffer("codes"), self.get_buffer("scales")
-        if self.kind == "fp8":
-            made = torch._scaled_mm(codes, weight.t(), scales, of_channel, out_dtype=torch.bfloat16)
-        else:
-            made = torch._int_mm(codes, weight.t()) * scales * of_channel
-        made = made.to(x.dtype).reshape(*x.shape[:-1], -1)
-        return made if self.bias is None else made + self.bias
-
-
-def torch_module(workload: Any, variant: Variant, device: str) -> nn.Module:
-    """The module in the precision of ``variant``; what FP8 and INT8 leave is BF16, whose range the product gives."""
-
-    module: nn.Module = copy.deepcopy(workload.module)
-    narrow = TORCH_DTYPES.get(variant.precision, torch.bfloat16)
-    module.to(device=device, dtype=narrow)
-    names = linear_layers(workload)
-    for name in names:
-        layer: Any = module.get_submodule(name)
-        if variant.precision in {"fp8", "int8"}:
-            owner, _, last = name.rpartition(".")
-            setattr(module.get_submodule(owner), last, Quantized(layer, variant.precision))
-        elif variant.change == "2:4":
-            layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), False)
-    return module.eval().requires_grad_(False)
-
-
-def prepare_torch(workload: Any, variant: Variant, feeds: Feeds, *, module: nn.Module, device: str) -> Prepared:
-    narrow = TORCH_DTYPES.get(variant.precision, torch.bfloat16)
-    inputs = {name: _on(array, device, narrow) for name, array in feeds.items()}
-    gpu = device != "cpu"
-
-    def forward() -> Tensor:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = variant.precision == "tf32"
-        with torch.no_grad():
-            return workloads.answer(called(**inputs))
-
-    called: Callable[..., Any] = module
-    if variant.form == "compile":
-        torch._dynamo.reset()
-        called = torch.compile(module, dynamic=False)
-    run = graphed(forward) if gpu and variant.form != "eager" else forward
-
-    def go() -> Tensor:
-        made = run()
-        if gpu:
-            torch.cuda.synchronize()
-        return made
-
-    def whole(arrays: Feeds) -> NDArray[Any]:
-        for name, array in arrays.items():
-            inputs[name].copy_(torch.from_numpy(array))
-        answer: NDArray[Any] = run().float().numpy(force=True)
-        return answer
-
-    size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-    return Prepared(go, whole, size, workload.params)
-
-
-def graphed(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``forward`` captured as a CUDA graph, after runs in which what is compiled, tuned or allocated once is."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            forward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = forward()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return made
-
-    return replay
-
-
-def _on(array: NDArray[Any], device: str, dtype: torch.dtype) -> Tensor:
-    tensor = torch.from_numpy(array).to(device, copy=True)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-# ---- ONNX Runtime and TensorRT
-
-
-def prepare_onnxruntime(artifact: Any, params: int, feeds: Feeds) -> Prepared:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        artifact.model_file, options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
-    if "CUDAExecutionProvider" not in session.get_providers():
-        raise Unavailable("ONNX Runtime fell back to the CPU: its CUDA provider did not load.")
-    (output,) = (one.name for one in session.get_outputs())
-    bound = session.io_binding()
-    for name, array in feeds.items():
-        bound.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
-    bound.bind_output(output, "cuda")
-
-    def go() -> None:
-        session.run_with_iobinding(bound)
-        bound.synchronize_outputs()
-
-    return Prepared(go, lambda arrays: session.run(None, arrays)[0], artifact.size_bytes, params)
-
-
-def prepare_tensorrt(artifact: Any, params: int, feeds: Feeds, *, stack: contextlib.ExitStack) -> Prepared:
-    from edgepress.export.backends import tensorrt  # type: ignore[attr-defined,unused-ignore]
-
-    session = stack.enter_context(tensorrt.open_session(artifact, device="cuda"))
-    return Prepared(session.prepared(feeds), lambda arrays: session.run(arrays)[0], artifact.size_bytes, params)
 
 
 # ---- one model
@@ -412,25 +226,9 @@ def measure(
 
 
 def interleaved(calls: list[Callable[[], Any]], seconds: float) -> list[list[float]]:
-    """Milliseconds of each call in rounds, each round beginning with another."""
-    for call in calls:
-        until = time.monotonic() + WARMUP_SECONDS
-        while time.monotonic() < until:
-            call()
-    samples: list[list[float]] = [[] for _ in calls]
-    begin = time.monotonic()
-    gc.collect()
-    gc.disable()
-    for number in range(ROUNDS):
-        for turn in range(len(calls)):
-            which = (turn + number) % len(calls)
-            start = time.perf_counter_ns()
-            calls[which]()
-            samples[which].append((time.perf_counter_ns() - start) / 1e6)
-        if number + 1 >= LEAST_ROUNDS and time.monotonic() - begin > seconds:
-            break
-    gc.enable()
-    return samples
+    """Milliseconds of each call, in rounds, by the timing loop of all that edgepress measures."""
+    taken = runner.interleaved(calls, ROUNDS, seconds)
+    return [[ns / 1e6 for ns in samples] for samples in taken]
 
 
 def finished(
@@ -585,46 +383,6 @@ def describe(device: str) -> dict[str, Any]:
         )
         found |= dict(zip(query.split(","), told.stdout.strip().split(", "), strict=False))
     return found
-
-
-# ---- the table
-
-
-def table(document: Mapping[str, Any]) -> str:
-    """The rows as Markdown, a table for each model."""
-    where = document["environment"]
-    libraries = ", ".join(f"{name} {number}" for name, number in where["packages"].items())
-    lines = [
-        f"# On {where['gpu']}",
-        "",
-        f"Driver {where.get('driver_version', 'unknown')}, CUDA {where['cuda']}; {libraries}. Made by "
-        "`benchmarks/studies/gpu.py`.",
-        "",
-        "A latency is the median of single inferences that are waited for, in ms, with inputs and outputs on the GPU; "
-        "in brackets with the copies from and to the host. The ratio is the speedup over the fastest 16-bit form of "
-        "the original in PyTorch at the same batch, with its 95 % interval. Cosine and largest relative error are of "
-        "logits against PyTorch eager in FP32.",
-    ]
-    for model in dict.fromkeys(row["model"] for row in document["rows"]):
-        rows = [row for row in document["rows"] if row["model"] == model]
-        quality = {row["name"]: row["quality"] for row in rows if row.get("quality")}
-        sequence = next(row["sequence"] for row in rows)
-        lines += ["", f"## {model}{f', {sequence} tokens' if sequence else ''}", ""]
-        lines += ["| variant | batch | ms | rows/s | ratio | quality | cosine | error | MB |", "|" + " --- |" * 9]
-        for row in (row for row in rows if "latency_ms" in row):
-            faster, judgement = row["speedup"], quality.get(row["name"])
-            ratio = f"{faster['value']:.2f} ({faster['low']:.2f} to {faster['high']:.2f})" if faster else "1"
-            shown = f"{judgement['value']:.2f} ({judgement['low']:.2f} to {judgement['high']:.2f})" if judgement else ""
-            lines.append(
-                f"| {row['name']} | {row['batch']} | {row['latency_ms']['p50']:.3f} "
-                f"({row['with_copies_ms']['p50']:.3f}) | {row['rows_per_second']:,.0f} | {ratio} | {shown} | "
-                f"{row['parity']['cosine']:.4f} | {row['parity']['max_rel']:.1e} | {row['size_bytes'] / 1e6:.1f} |"
-            )
-        missing: dict[str, list[str]] = {}
-        for row in (row for row in rows if "reason" in row):
-            missing.setdefault(row["reason"], []).append(f"{row['name']} at {row['batch']}")
-        lines += ["", *(f"- Not there: {', '.join(names)}. {why}" for why, names in missing.items())]
-    return "\n".join(lines).rstrip() + "\n"
 
 
 # ---- the program
