@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..errors import UnavailableError, UsageError
 from ..export.artifact import Artifact, Axis
-from . import targets
+from . import runner, targets
 from .environment import fingerprint
 from .measurement import Measurement
 
 Feeds = dict[str, NDArray[Any]]
 Progress = Callable[[int, int, str], None]
 
-RUNNER = Path(__file__).with_name("runner.py")
+RUNNER = Path(runner.__file__)
 
 
 def benchmark(
@@ -39,12 +39,17 @@ def benchmark(
 
     It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
     have no ``sequence``: it is 0 in what is returned. Raises UsageError where the shape lies outside the range that an
-    artifact was proven in.
+    artifact was proven in, and UnavailableError where its runtime cannot be measured.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
     where = targets.parse(target)
     for artifact in artifacts:
+        if artifact.manifest.runtime not in runner.RUNTIMES:
+            raise UnavailableError(
+                f"{artifact.folder} is for {artifact.manifest.runtime}, which cannot be measured yet in this version "
+                f"(what can: {', '.join(runner.RUNTIMES)})."
+            )
         _check_shape(artifact, batch, sequence)
     if not any(
         axis.name == "sequence" for spec in artifacts[0].manifest.inputs.values() for axis in spec.axes.values()

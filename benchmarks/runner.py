@@ -68,11 +68,21 @@ RUNTIMES = {"onnx": ("onnxruntime", open_onnx), "openvino": ("openvino", open_op
 def latency(job: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
     """Rounds until ``min_queries`` are done or ``min_seconds`` for each artifact are over, but no fewer than 30."""
     runs = [open_model(artifact, job["threads"], feeds) for artifact in job["artifacts"]]
-    return {"samples_ns": interleaved(runs, job["min_queries"], job["min_seconds"] * len(runs))}
+
+    def tell(rounds: int) -> None:
+        print("progress", rounds, job["min_queries"], file=sys.stderr, flush=True)
+
+    return {"samples_ns": interleaved(runs, job["min_queries"], job["min_seconds"] * len(runs), tell)}
 
 
-def interleaved(runs: list[Callable[[], Any]], min_queries: int, budget: float) -> list[list[int]]:
-    """Nanoseconds of each call of each; no new round begins after ``budget`` seconds, but 30 rounds there are."""
+def interleaved(
+    runs: list[Callable[[], Any]], min_queries: int, budget: float, tell: Callable[[int], None] = lambda rounds: None
+) -> list[list[int]]:
+    """Nanoseconds of each call of each; no new round begins after ``budget`` seconds, but 30 rounds there are.
+
+    Every round has an order of its own, by chance: what a call finds in the caches is not always of the same one.
+    """
+    chance = np.random.default_rng(0)
     for run in runs:
         warm_up(run)
     samples: list[list[int]] = [[] for _ in runs]
@@ -81,8 +91,7 @@ def interleaved(runs: list[Callable[[], Any]], min_queries: int, budget: float) 
     gc.disable()
     rounds = 0
     while rounds < min_queries:
-        for turn in range(len(runs)):
-            which = (turn + rounds) % len(runs)  # every artifact follows every other equally often
+        for which in chance.permutation(len(runs)):
             start = time.perf_counter_ns()
             runs[which]()
             samples[which].append(time.perf_counter_ns() - start)
@@ -92,7 +101,7 @@ def interleaved(runs: list[Callable[[], Any]], min_queries: int, budget: float) 
             break
         if now - told > 0.5:
             told = now
-            print("progress", rounds, min_queries, file=sys.stderr, flush=True)
+            tell(rounds)
     gc.enable()
     return samples
 

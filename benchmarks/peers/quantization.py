@@ -99,7 +99,8 @@ def of_onnxruntime(workload: Workload, folder: Path, rows: int) -> Iterator[Cont
             more = {"DefaultTensorType": onnx.TensorProto.FLOAT}
             quantize_dynamic(source, path, per_channel=per_channel, weight_type=QuantType.QInt8, extra_options=more)
             yield Contender(name, "onnx", path)
-    yield Contender("ORT dynamic, traced, per channel, no skip-LayerNorm", "onnx", path_of(folder, "traced"), SKIP)
+            if graph == "traced" and per_channel:  # what one switch of the runtime gives
+                yield Contender(f"{name}, no skip-LayerNorm", "onnx", path, ("SkipLayerNormFusion",))
     products = ["MatMul", "Gemm"]
     for method in ("MinMax", "Percentile", "Entropy"):
         for operators in (products, None) if method == "MinMax" else (products,):
@@ -122,13 +123,6 @@ def of_onnxruntime(workload: Workload, folder: Path, rows: int) -> Iterator[Cont
                 print(f"{name}: failed, {str(error).splitlines()[0]}", flush=True)
                 continue
             yield Contender(name, "onnx", path)
-
-
-SKIP = ("SkipLayerNormFusion",)
-
-
-def path_of(folder: Path, graph: str) -> Path:
-    return folder / f"ORT-dynamic-{graph}-per-channel" / "model.onnx"
 
 
 def of_openvino(workload: Workload, base: Artifact, folder: Path, rows: int) -> Iterator[Contender]:

@@ -10,7 +10,7 @@ from typing import Any
 import edgepress as ep
 import numpy as np
 import pytest
-from edgepress.benchmarks import compare, environment, targets
+from edgepress.benchmarks import compare, environment, runner, targets
 from edgepress.benchmarks.measurement import Measurement
 from edgepress.errors import InputError, UnavailableError, UsageError
 
@@ -107,6 +107,23 @@ def test_throttling_and_other_load_are_seen() -> None:
     busy = np.where(random.random(1000) < 0.2, 3.0, 1.0)
     assert any("p90" in sign for sign in environment.unsteady(busy))
     assert not environment.unsteady(1 + 0.01 * random.random(1000))
+
+
+def test_every_run_follows_every_other() -> None:
+    came: list[int] = []
+    samples = runner.interleaved([lambda which=which: came.append(which) for which in range(3)], 200, 60.0)
+    assert [len(taken) for taken in samples] == [200] * 3
+    rounds = np.array(came[-600:]).reshape(200, 3)
+    assert (np.sort(rounds, axis=1) == np.arange(3)).all()
+    pairs = {(a, b): int(((rounds[:, :-1] == a) & (rounds[:, 1:] == b)).sum()) for a in range(3) for b in range(3)}
+    assert all(40 < count < 95 for (a, b), count in pairs.items() if a != b)  # 67 of each, but for chance
+
+
+def test_a_runtime_that_cannot_be_measured_is_one_sentence(workload: Any, tmp_path: Path) -> None:
+    written = ep.export(workload, tmp_path / "fp32")
+    engine = replace(written, manifest=written.manifest.model_copy(update={"runtime": "tensorrt"}))
+    with pytest.raises(UnavailableError, match=r"is for tensorrt, which cannot be measured yet .*onnx"):
+        ep.benchmark([engine])
 
 
 def test_real_artifacts_interleaved(workload: Any, tmp_path: Path) -> None:
