@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,21 @@ def test_the_kernels_that_run_in_an_encoder(workload: Any, method: Any, tmp_path
     assert kinds["Attention"] == layers
     assert not {"MatMulInteger", "QLinearMatMul", "SkipLayerNormalization"} & kinds.keys()
     assert kinds["DequantizeLinear"] == kinds["MatMul"] == kinds["FusedMatMul"] == 0
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_gelu_by_tanh_where_its_result_is_quantized(workload: Any, smoothed: bool) -> None:
+    plan = int8.quantize(workload, smooth="none")
+    readers = [name for name in plan.weights if name.endswith("output.dense") and ".attention." not in name]
+    width = workload.module.get_submodule(readers[0]).in_features
+    placed = place(
+        export(workload), replace(plan, smooth=dict.fromkeys(readers, torch.full((width,), 2.0)) if smoothed else {})
+    )
+    gelus = [node for node in placed.graph.node if node.op_type == "Gelu"]
+    assert len(gelus) == len(readers)
+    assert all([a.s for a in node.attribute if a.name == "approximate"] == [b"tanh"] for node in gelus)
+    left = place(export(workload), QuantizationPlan("fp32"))
+    assert not any(a.s == b"tanh" for node in left.graph.node if node.op_type == "Gelu" for a in node.attribute)
 
 
 def test_fused_attention_heeds_the_mask(workload: Any) -> None:
