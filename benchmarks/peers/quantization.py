@@ -241,6 +241,22 @@ def timed(  # noqa: PLR0917
     ]
 
 
+def table(document: Mapping[str, Any]) -> str:
+    """The result as Markdown: a line for each contender, and of each shape its speedup with the interval."""
+    shapes = list(dict.fromkeys((row["threads"], row["batch"], row["sequence"]) for row in document["rows"]))
+    heads = [f"{threads} thread{'s' * (threads > 1)}, {batch} x {length}" for threads, batch, length in shapes]
+    lines = [f"| | MB | cosine | points lost | {' | '.join(heads)} |", "|" + " --- |" * (4 + len(heads))]
+    rows = {(row["name"], row["threads"], row["batch"], row["sequence"]): row["speedup"] for row in document["rows"]}
+    for one in document["contenders"]:
+        faster = [rows[(one["name"], *shape)] for shape in shapes]
+        shown = [
+            f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "1" for ratio in faster
+        ]
+        kept = f"{one['size_bytes'] / 1e6:.1f} | {one['cosine']:.4f} | {one['drop']:+.2f}"
+        lines.append(f"| {one['name']} | {kept} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="zoo:minilm-reviews")
@@ -251,7 +267,11 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each contender at each shape, at most")
     parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the Markdown of this result, and measure nothing")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
     warnings.simplefilter("ignore")
 
     workload = ep.load(options.model)
