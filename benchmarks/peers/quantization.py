@@ -246,9 +246,9 @@ def table(document: Mapping[str, Any]) -> str:
     shapes = list(dict.fromkeys((row["threads"], row["batch"], row["sequence"]) for row in document["rows"]))
     heads = [f"{threads} thread{'s' * (threads > 1)}, {batch} x {length}" for threads, batch, length in shapes]
     lines = [f"| | MB | cosine | points lost | {' | '.join(heads)} |", "|" + " --- |" * (4 + len(heads))]
-    rows = {(row["name"], row["threads"], row["batch"], row["sequence"]): row["speedup"] for row in document["rows"]}
+    rows = {(row["name"], (row["threads"], row["batch"], row["sequence"])): row["speedup"] for row in document["rows"]}
     for one in document["contenders"]:
-        faster = [rows[(one["name"], *shape)] for shape in shapes]
+        faster = [rows[one["name"], shape] for shape in shapes]
         shown = [
             f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "1" for ratio in faster
         ]
