@@ -8,6 +8,8 @@ Source  ZipLM, Kurtic et al. 2023 (arXiv 2302.04089, section 3.2)
 
 All layers that are alike are cut to the same count at once, the model is measured interleaved with the whole one, and
 the difference is shared out among them: so fusion and caches are in the figure, and noise is divided by their number.
+What kinds save together is not the sum of what each saves: half of all units gone at once tells by how much, and every
+saving is scaled by that, so that what adds up to a plan of many kinds is true of such a plan.
 Counts in between are interpolated. Where a layer has many units, the counts measured are multiples of a power of two;
 how much dearer others are is learnt at a few counts, by the largest power of two that divides them. What the kernels
 like is thus in the table, and an allocation that minimises keeps to it.
@@ -49,9 +51,11 @@ from .measurement import Measurement
 Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]
 
-FORMAT = 1
+FORMAT = 2
 POINTS = 72
 """Counts measured over all groups of alike sites, and at most a third of them for one."""
+MOST_APART = 1.5
+"""How many times larger one of two savings that should be the same can be for the smaller to be believed."""
 FEWEST_AT_ONCE, MOST_AT_ONCE, BYTES_AT_ONCE = 2, 8, 32 << 20
 """Graphs that are measured interleaved with the whole one. More of them save time, but what they hold together should
 not be more than a last-level cache: a model that runs on its own does not find its weights gone after every run."""
@@ -76,7 +80,7 @@ class LatencyTable:
     form: str
     """The graph form of the ONNX backend that is fastest here."""
     together: tuple[float, float] | None
-    """Half of all units gone at once: predicted and measured, in ms. They differ by how far costs do not add up."""
+    """Half of all units gone at once, in ms: what the kinds measured one by one add up to, and what was measured."""
     points: tuple[Mapping[str, Any], ...]
     """What was measured: ``kind``, ``layers``, ``kept`` in each, ``ms`` of the whole model."""
     environment: Mapping[str, Any]
@@ -91,6 +95,17 @@ class LatencyTable:
     def predict(self, structure: Structure, plan: PruningPlan) -> float:
         """Latency in ms of the model that ``plan`` leaves."""
         return self.costs(structure).total(structure, plan)
+
+    def adding_up(self, predicted_ms: float, measured_ms: float) -> LatencyTable:
+        """With every saving scaled as the saving of a plan of all kinds, predicted and measured, says.
+
+        Left as it is where the two savings are not of one size: a model so small that noise is all that was measured.
+        """
+        ratio = (self.total_ms - measured_ms) / max(self.total_ms - predicted_ms, 1e-9)
+        ratio = ratio if 1 / MOST_APART < ratio < MOST_APART else 1.0
+        sites = {key: tuple(np.round(np.multiply(series, ratio), 6).tolist()) for key, series in self.sites.items()}
+        rest = self.total_ms - sum(series[-1] for series in sites.values())
+        return replace(self, sites=sites, rest_ms=rest, together=(predicted_ms, measured_ms))
 
     def to_json(self) -> dict[str, Any]:
         same: dict[tuple[str, tuple[float, ...]], list[int]] = {}
@@ -257,7 +272,7 @@ class _Bench:
         if not both:
             return table
         halved = PruningPlan.of(u for group in groups for site in group.sites for u in site.units[site.count // 2 :])
-        return replace(table, together=(table.predict(structure, halved), taken[-1]))
+        return table.adding_up(table.predict(structure, halved), taken[-1])
 
     def _whole(self) -> tuple[Artifact, str]:
         """The artifact of the whole model, proven, in the graph form that is fastest."""

@@ -75,7 +75,7 @@ class Site:
     macs: int = 0
     """Multiply-accumulates that one unit takes with it, for the structure's reference input."""
 
-    @property
+    @cached_property  # indexed unit by unit
     def units(self) -> tuple[Unit, ...]:
         return tuple(Unit(self.kind, self.layer, index) for index in range(self.count))
 

@@ -168,11 +168,14 @@ def _best(trials: _Trials, site: Site, readers: Sequence[_Reader], scores: Tenso
     if len(readers) == 1 and len({len(columns) for columns in readers[0].units}) == 1:
         units = torch.stack(readers[0].units)
         orders.append(eliminate(readers[0].h, readers[0].weight, units, prior=_prior(scores)).order)
+    measured: dict[int, float] = {}
     if len(orders) > 1:
-        gone = site.count - max(round(DUEL * site.count), 1)
+        kept = max(round(DUEL * site.count), 1)
+        gone = site.count - kept
         lost = [trials.distance(site, one[:gone], _changed(readers, one[:gone])) for one in orders]
+        measured[kept] = min(lost)
         order = orders[lost.index(min(lost))]
-    return _curve(trials, site, readers, order), order
+    return _curve(trials, site, readers, order, measured), order
 
 
 def _changed(readers: Sequence[_Reader], gone: Sequence[int]) -> list[tuple[_Reader, Tensor]]:
@@ -185,8 +188,13 @@ def _prior(scores: Tensor) -> Tensor:
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny) + LEAST
 
 
-def _curve(trials: _Trials, site: Site, readers: Sequence[_Reader], order: Sequence[int]) -> Floats:
-    """The loss by units kept, measured at ``LEVELS``, in between by the readers' errors, and never less as more go."""
+def _curve(
+    trials: _Trials, site: Site, readers: Sequence[_Reader], order: Sequence[int], already: Mapping[int, float]
+) -> Floats:
+    """The loss by units kept, measured at ``LEVELS`` (some have been ``already``), in between by the readers' errors.
+
+    It is never less as more go.
+    """
     counts = sorted({fewest(site), *(max(round(share * site.count), 1) for share in LEVELS)} - {site.count})
     between = _between(site, counts)
     measured: dict[int, float] = {site.count: 0.0}
@@ -196,7 +204,7 @@ def _curve(trials: _Trials, site: Site, readers: Sequence[_Reader], order: Seque
         changed = _changed(readers, gone)
         errors[kept] = sum(reader.error(weight) for reader, weight in changed)
         if kept in counts:
-            measured[kept] = trials.distance(site, gone, changed)
+            measured[kept] = already[kept] if kept in already else trials.distance(site, gone, changed)
     at = np.array(sorted(measured))
     levels = np.maximum.accumulate([measured[kept] for kept in at[::-1]])[::-1]
     known = np.array(sorted(errors))
