@@ -160,7 +160,8 @@ class Study:
         contender = CONTENDERS[name]
         prepared = Once(lambda: contender.prepare(workload, seed, self.bench))
         for wanted in self.options.speedups:
-            settings = [self.best(name, wanted)["setting"]] if seed else list(contender.settings)
+            every = [one for one in contender.settings if not self.options.settings or one in self.options.settings]
+            settings = [self.best(name, wanted)["setting"]] if seed else every
             for setting in settings:
                 key = {"contender": name, "setting": setting, "wanted": wanted, "seed": seed, "recover": 0}
                 if self.find(**key):
@@ -333,6 +334,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="zoo:minilm-reviews")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="separated by commas")
+    parser.add_argument("--settings", default="", help="of the first seed, separated by semicolons; all if not said")
     parser.add_argument("--speedups", default="1.5,2,3,4", help="separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calibration", type=int, default=512, help="rows that methods may look at")
@@ -346,11 +348,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("-o", "--out", type=Path, required=True)
     options = parser.parse_args()
     options.contenders = options.contenders.split(",")
+    options.settings = [name for name in options.settings.split(";") if name]
     options.speedups = [float(value) for value in options.speedups.split(",")]
     options.folder = options.out.with_suffix("")
     unknown = [name for name in options.contenders if name not in CONTENDERS]
     if unknown:
         raise UsageError(f"There is no contender '{unknown[0]}' (known: {', '.join(CONTENDERS)}).")
+    known = {name for contender in options.contenders for name in CONTENDERS[contender].settings}
+    if missing := sorted(set(options.settings) - known):
+        raise UsageError(f"There is no setting '{missing[0]}' (known: {'; '.join(sorted(known))}).")
     return options
 
 
