@@ -1,12 +1,12 @@
 """Post-training quantization: edgepress, the tools of ONNX Runtime, and NNCF on OpenVINO, on one machine in one run.
 
     python benchmarks/peers/quantization.py [--model zoo:minilm-reviews] [--shapes 1x32,1x128,8x32,8x128]
-        [--threads 1,2] [-o result.json]        with nncf and openvino installed
+        [--threads 1,2] [--also NAME=FOLDER] [-o result.json]        with nncf and openvino installed
 
 Every contender gets the same float model and the same calibration rows. For each shape and number of threads all of
 them are measured in one process, interleaved round by round. ``cosine`` is the mean, over evaluation rows, of that
 between what the last layer reads in the float model and in the contender; ``drop`` is what is lost on the task, through
-the file. The tools of ONNX Runtime are given the graph that they do best on: exported by tracing, with eager attention.
+the file. ``--also`` takes an artifact of the same model that is pruned too. The tools of ONNX Runtime are given the graph that they do best on: exported by tracing, with eager attention.
 
 Peers: onnxruntime.quantization (quantize_dynamic, quantize_static), onnxruntime.transformers, nncf.quantize.
 """
@@ -31,7 +31,7 @@ from edgepress.benchmarks.environment import fingerprint
 from edgepress.benchmarks.measurement import Measurement
 from edgepress.benchmarks.peers.fp32_graphs import fused, traced
 from edgepress.compress import quantize as quantizers
-from edgepress.export.artifact import Artifact
+from edgepress.export.artifact import Artifact, open_artifact
 from edgepress.export.backends import onnx as backend
 from edgepress.models import metrics
 from edgepress.models.workload import Workload
@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each contender at each shape, at most")
+    parser.add_argument("--also", metavar="NAME=FOLDER", action="append", default=[], help="an artifact, measured too")
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--table", type=Path, help="print the Markdown of this result, and measure nothing")
     options = parser.parse_args()
@@ -286,6 +287,10 @@ def main() -> None:
         contenders += of_edgepress(workload, base, folder, options.rows)
         contenders += of_openvino(workload, base, folder, options.rows)
         inners = [inner] * len(contenders)
+        for name, _, made in (one.partition("=") for one in options.also):
+            artifact = open_artifact(Path(made))
+            contenders.append(Contender(name, "onnx", artifact.model_file, artifact.manifest.session.disabled_optimizers))
+            inners.append(penultimate(onnx.load(artifact.model_file)))
         peers = list(of_onnxruntime(workload, folder, options.rows))
         inners += [penultimate(onnx.load(folder / "traced" / "model.onnx"))] * len(peers)
         contenders += peers
