@@ -112,23 +112,27 @@ class Rows:
         chosen = order if self.classes is None else order[stratified(self.classes[order])]
         return self.pick(sorted(chosen[:count]))
 
-    def batches(self, size: int, *, seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, size: int, *, tokens: int | None = None, seed: int | None = None, skip: int = 0
+    ) -> Iterator[Batch]:
         """All rows once, rows of similar length together, padded to the longest of each batch.
 
-        With ``seed`` the rows of equal length and the order of the batches are shuffled; without, the order is fixed.
-        The first ``skip`` batches are left out.
+        A batch is ``size`` rows, or as many of them as make ``tokens`` with their padding, but one at least. With
+        ``seed`` the rows of equal length and the order of the batches are shuffled; without, the order is fixed. The
+        first ``skip`` batches are left out.
         """
         if not len(self):
             raise InputError("This needs rows: give a data file or folder with --data.")
         if seed is None:
             order = np.argsort(self.lengths, kind="stable")
-            starts = np.arange(0, len(self), size)
         else:
             random = np.random.default_rng(seed)
             order = np.lexsort((random.random(len(self)), self.lengths))
-            starts = random.permutation(np.arange(0, len(self), size))
-        for start in starts[skip:]:
-            rows = order[start : start + size]
+        parts = _parts(self.lengths[order], size, tokens)
+        if seed is not None:
+            parts = [parts[place] for place in random.permutation(len(parts))]
+        for part in parts[skip:]:
+            rows = order[part]
             yield Batch(rows, self.padded(rows), self.padded_labels(rows))
 
     def padded(self, rows: Ints) -> dict[str, Tensor]:
@@ -157,6 +161,20 @@ class Rows:
             digest.update(labels.tobytes())
         digest.update("\n".join(self.texts).encode())
         return digest.hexdigest()
+
+
+def _parts(lengths: Ints, size: int, tokens: int | None) -> list[slice]:
+    """Slices of at most ``size`` rows, of rising ``lengths``, whose padded tokens are at most ``tokens``."""
+    if tokens is None:
+        return [slice(start, start + size) for start in range(0, len(lengths), size)]
+    parts, start = [], 0
+    while start < len(lengths):
+        end = start + 1
+        while end < min(start + size, len(lengths)) and (end + 1 - start) * lengths[end] <= tokens:
+            end += 1
+        parts.append(slice(start, end))
+        start = end
+    return parts
 
 
 def padded(arrays: Sequence[Array], value: float) -> Array:

@@ -289,7 +289,9 @@ def main() -> None:
         inners = [inner] * len(contenders)
         for name, _, made in (one.partition("=") for one in options.also):
             artifact = open_artifact(Path(made))
-            contenders.append(Contender(name, "onnx", artifact.model_file, artifact.manifest.session.disabled_optimizers))
+            contenders.append(
+                Contender(name, "onnx", artifact.model_file, artifact.manifest.session.disabled_optimizers)
+            )
             inners.append(penultimate(onnx.load(artifact.model_file)))
         peers = list(of_onnxruntime(workload, folder, options.rows))
         inners += [penultimate(onnx.load(folder / "traced" / "model.onnx"))] * len(peers)

@@ -41,7 +41,7 @@ from ...models.surgery import gated
 from ...models.workload import Progress, Workload
 from ..distance import by_class, distance
 from ..score.ablation import before, recorded, skipped
-from ..score.evidence import BATCH, gather
+from ..score.evidence import BATCH, TOKENS, gather
 from ..score.obs import damped
 from ..score.readers import Moments, first
 from ..score.weights import places
@@ -129,7 +129,7 @@ def predict(
         return Predicted({site: summed[site] for site in sites}, {site: order[site] for site in sites})
     places_of = dict(structure.slices())
     evidence = gather(workload, ("grams",), rows=calibration.take(rows, seed), seed=seed, progress=progress)
-    trials = _Trials(workload, list(calibration.take(trial_rows, seed).batches(BATCH)))
+    trials = _Trials(workload, list(calibration.take(trial_rows, seed).batches(BATCH, tokens=TOKENS)))
     found: dict[Site, tuple[Floats, tuple[int, ...]]] = {}
 
     def done(site: Site, losses: Floats, order: tuple[int, ...]) -> None:

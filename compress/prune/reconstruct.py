@@ -33,6 +33,7 @@ from ...models.structure import Site
 from ...models.surgery import prune as copy_of
 from ...models.workload import Progress, Workload
 from ...plan import PruningPlan
+from ..score.evidence import TOKENS
 from ..score.readers import Moments
 from .low_rank import fit
 from .replay import Replay
@@ -61,7 +62,7 @@ def reconstruct(
     layers = [layer for layer in range(original.structure.num_layers) if layer not in gone]
     sites = [site for site in result.structure.sites if site.block and site.kind not in {"block", "kv"}]
     stream = hidden.kept(original, pruned)
-    batches = list(sample.batches(BATCH))
+    batches = list(sample.batches(BATCH, tokens=TOKENS))
     then, now = Replay(original, batches), Replay(result, batches)
     with torch.no_grad(), token_merging.unmerged(original.module, result.module):
         for done, site in enumerate(sites, 1):

@@ -8,13 +8,14 @@ Source  Hinton et al. 2015 (arXiv 1503.02531); last-layer features as in Sanh et
         Minitron (arXiv 2407.14679), each term relative to the size of its own target so that none needs a weight
 
 The same call trains in one process, or in each of those that ``torchrun`` starts: they share each batch out among them,
-each with the whole model, and the first one alone writes.
+each with the whole model or, sharded, with a part of it, and the first one alone writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from ...errors import UnavailableError, UsageError
 from ...models.surgery import prune as copy_of
 from ...models.workload import Progress, Workload, check_finite
 from ...plan import PruningPlan
-from . import lora
+from . import lora, state
 from .flow import DivergedError
 from .loop import Options, Training
 from .losses import DEFAULT, objective
@@ -64,6 +65,7 @@ def recover(
     precision: Precision = "auto",
     evaluate_every: int = 0,
     patience: int = 0,
+    sharded: bool = False,
     checkpoint: Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -74,7 +76,8 @@ def recover(
     losses.py, ``temperature`` is that of ``kl``. With a ``rank`` only low-rank adapters are trained, and merged in the
     end. With ``precision`` ``auto`` the forward passes are in bfloat16 on a GPU that has it. With ``evaluate_every`` a
     tenth of the training rows is held out and judged every so many steps; the best weights are returned, and after
-    ``patience`` judgements without better ones training ends. The file ``checkpoint`` keeps the state of every 20th
+    ``patience`` judgements without better ones training ends. Where ``sharded``, or where ``accelerate launch`` is told
+    to use FSDP, each of several processes holds a part of the weights in training (shard.py). The file ``checkpoint`` keeps the state of every 20th
     step, from which the same call goes on after it was killed. Deterministic by ``seed`` on one machine.
 
     Raises DivergedError where lower rates do not help, InputError where the pruned model is not finite to begin with or
@@ -91,7 +94,7 @@ def recover(
         "rank": rank,
         "precision": precision,
     }
-    accelerator = _accelerator()
+    accelerator, sharded = _accelerator(sharded=sharded)
     student = copy_of(pruned, PruningPlan())
     with _at_work(accelerator.device, original, student):
         weights = _trained(student.module, rank, seed)
@@ -104,10 +107,13 @@ def recover(
             options=options,
             mixed=_mixed(accelerator.device, precision),
             run=_digest(pruned, original, facts),
+            sharded=sharded,
         )
         training.go_on(checkpoint)
         training.train(checkpoint, progress)
         accelerator.unwrap_model(training.wrapped.module, keep_fp32_wrapper=False)  # a launcher may ask for autocast
+        if sharded:
+            student = _gathered(pruned, student, rank, seed)
         if rank:
             lora.merge(student.module)
     for parameter in student.module.parameters():
@@ -115,15 +121,32 @@ def recover(
     return Recovered(student, tuple(training.trace), training.flow.layers)
 
 
-def _accelerator() -> Accelerator:
-    """What knows the device and the other processes; UnavailableError where they do not each hold the whole model."""
+def _accelerator(*, sharded: bool) -> tuple[Accelerator, bool]:
+    """What knows the device and the other processes, and whether these hold a part of the model each.
+
+    UnavailableError where they shall, by other means than FSDP.
+    """
     from accelerate import Accelerator, DistributedType
 
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # said, or CPU processes would not meet
+    launched = os.environ.pop("ACCELERATE_USE_FSDP", None)  # it would wrap the module itself, and not on every device
+    try:
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # said, or CPU processes would not meet
+    finally:
+        if launched is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = launched
     if accelerator.distributed_type not in {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}:
         kind = accelerator.distributed_type.value
-        raise UnavailableError(f"Recovery shares rows out among processes, and not the model's parts as {kind} does.")
-    return accelerator
+        raise UnavailableError(f"Recovery shares the model's parts out among processes by FSDP, not as {kind} does.")
+    return accelerator, (sharded or launched == "true") and accelerator.num_processes > 1
+
+
+def _gathered(pruned: Workload, student: Workload, rank: int, seed: int) -> Workload:
+    """A copy of ``pruned`` with the weights of the sharded ``student``, all parts of them, in every process."""
+    found = copy_of(pruned, PruningPlan())
+    if rank:
+        lora.adapt(found.module, rank, seed=seed)
+    found.module.load_state_dict({name: state.copied(part) for name, part in student.module.state_dict().items()})
+    return found
 
 
 def _trained(module: nn.Module, rank: int, seed: int) -> dict[str, nn.Parameter]:

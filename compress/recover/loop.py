@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...models.data import Batch, Rows
 from ...models.workload import Progress, Workload
-from . import state
+from . import shard, state
 from .flow import DivergedError, Flow
 from .held_out import hold_out
 from .losses import LEAST, Objective, look, moved
@@ -59,16 +59,21 @@ class Training:
         options: Options,
         mixed: AbstractContextManager[Any],
         run: str,
+        sharded: bool,
     ) -> None:
         self.accelerator, self.student, self.original, self.options = accelerator, student, original, options
         self.objective, self.mixed, self.run = objective, mixed, run
         self.rows, self.held = original.data.train, None
         if options.evaluate_every:
             self.rows, self.held = hold_out(original)
-        if accelerator.num_processes > 1:
+        self.wrapped = student
+        if sharded:
+            shard.split(student.module, _blocks(student), accelerator.device.type, accelerator.num_processes)
+            weights = {name: student.module.get_parameter(name) for name in weights}  # each is another object now
+        elif accelerator.num_processes > 1:
             weights = self._reached(weights)
+            self.wrapped = replace(student, module=accelerator.prepare(student.module))
         self.weights = dict(weights)
-        self.wrapped = replace(student, module=accelerator.prepare(student.module))
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=options.lr, weight_decay=0.01)
         self.layers = _by_layer(student, self.weights)
         self.flow = Flow(tuple(self.layers))
@@ -148,7 +153,8 @@ class Training:
 
     def _norms(self) -> list[float]:
         norms = [
-            nn.utils.get_total_norm([p.grad for p in layer if p.grad is not None]) for layer in self.layers.values()
+            shard.whole(nn.utils.get_total_norm([p.grad for p in layer if p.grad is not None]))
+            for layer in self.layers.values()
         ]
         return [float(norm) for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
 
@@ -204,7 +210,7 @@ class Training:
         if self.best_weights:
             with torch.no_grad():
                 for name, weight in self.weights.items():
-                    weight.copy_(self.best_weights[name])
+                    weight.copy_(shard.placed(self.best_weights[name], weight))
         elif self.start is not None and math.isfinite(self.start) and not self._standing() <= self.start:
             self._lay_back(self.kept)
             done = {"step": self.step, "kind": "worse than at first", "where": "the loss", "done": "went back"}
@@ -278,9 +284,13 @@ def _endless(rows: Rows, batch: int, seed: int, start: int) -> Iterator[Batch]:
         epoch, skipped = epoch + 1, 0
 
 
+def _blocks(student: Workload) -> list[str]:
+    return [f"{stack.path}.{place}" for stack in student.structure.stacks for place in range(stack.count)]
+
+
 def _by_layer(student: Workload, weights: Mapping[str, nn.Parameter]) -> dict[str, list[nn.Parameter]]:
     """The weights of each block, and those outside; of a model without blocks, of each layer."""
-    blocks = [f"{stack.path}.{place}" for stack in student.structure.stacks for place in range(stack.count)]
+    blocks = _blocks(student)
     layers: dict[str, list[nn.Parameter]] = {}
     for name, weight in weights.items():
         own = next((block for block in blocks if name.startswith(f"{block}.")), None)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError, UsageError
 from ...models.checkpoint import read_tensors
+from .shard import placed, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,7 +43,7 @@ def taken(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer)
 
 
 def copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def lay_back(
@@ -52,9 +53,9 @@ def lay_back(
     optimizer.state.clear()
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(tensors[f"weight.{name}"])
+            weight.copy_(placed(tensors[f"weight.{name}"], weight))
             if f"{MOMENTS[0]}.{name}" in tensors:
-                moments = {moment: tensors[f"{moment}.{name}"].to(weight, copy=True) for moment in MOMENTS}
+                moments = {moment: placed(tensors[f"{moment}.{name}"], weight) for moment in MOMENTS}
                 optimizer.state[weight] = {"step": torch.tensor(float(updates)), **moments}
 
 

@@ -26,7 +26,8 @@ from ...models.surgery import gated
 from ...models.workload import Progress, Workload, check_finite
 from .readers import Moments, Seen, readers, watched
 
-BATCH = 16
+BATCH, TOKENS = 16, 512
+"""Rows at a time, and tokens with their padding: activations take no more room for long rows than for short ones."""
 KEPT_ROWS = 1024
 STATISTICS = {
     "gates": "means over rows of the gate gradients, of their sizes and of their squares",
@@ -169,7 +170,7 @@ def _run(
 ) -> None:
     """Everything forward once, and backward where there are ``sums`` to add to."""
     done = 0
-    for batch in rows.batches(BATCH):
+    for batch in rows.batches(BATCH, tokens=TOKENS):
         seen.inputs = batch.inputs
         fine = True
         if sums is not None:

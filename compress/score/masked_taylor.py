@@ -24,7 +24,7 @@ from torch import Tensor
 from ...errors import UsageError
 from ...models.structure import Structure
 from ...models.surgery import gated
-from .evidence import BATCH, Evidence, complaint, frozen, ones
+from .evidence import BATCH, TOKENS, Evidence, complaint, frozen, ones
 
 NEEDS = ("rows",)
 
@@ -42,7 +42,7 @@ def score(evidence: Evidence, *, most: float = 0.5, passes: int = 1) -> Tensor:
     total = torch.zeros(workload.structure.num_units, dtype=torch.float64)
     done = 0
     for _ in range(passes):
-        for batch in rows.batches(BATCH):
+        for batch in rows.batches(BATCH, tokens=TOKENS):
             gates = ones(workload, batch)
             share = most * torch.rand(len(gates), 1, generator=random)
             masked = (torch.rand(gates.shape, generator=random) < share) & maskable

@@ -53,6 +53,20 @@ def test_a_table_covers_every_choice(workload: Any, table: LatencyTable) -> None
     assert min(table.together) > 0
 
 
+def test_savings_add_up_to_that_of_all_kinds_at_once(workload: Any, table: LatencyTable) -> None:
+    structure = workload.structure
+    sites = [site for site in budget.choices(structure) if site.kind != "block"]
+    halved = PruningPlan.of(unit for site in sites for unit in site.units[site.count // 2 :])
+    predicted = table.predict(structure, halved)
+    saved = table.total_ms - predicted
+    scaled = table.adding_up(predicted, table.total_ms - 0.8 * saved)
+    assert scaled.predict(structure, halved) == pytest.approx(table.total_ms - 0.8 * saved, rel=1e-4)
+    assert scaled.predict(structure, PruningPlan()) == pytest.approx(table.total_ms)
+    assert all(min(series) >= 0 for series in scaled.sites.values())
+    for measured in (table.total_ms + 1.0, table.total_ms - 2 * saved):
+        assert table.adding_up(predicted, measured).sites == table.sites, "noise is not believed"
+
+
 def test_a_table_is_json(table: LatencyTable, workload: Any) -> None:
     document = json.loads(json.dumps(table.to_json()))
     again = LatencyTable.from_json(document)

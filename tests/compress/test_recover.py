@@ -281,8 +281,9 @@ def test_a_state_resumes_after_trouble(net: tuple[Any, Any], tmp_path: Path) -> 
 # ---- several processes
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_train_as_one_and_one_of_them_writes(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
+    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, *, sharded: bool
 ) -> None:
     rows = tmp_path / "few.csv"
     rows.write_text("".join(reviews_csv.read_text().splitlines(keepends=True)[:400]))
@@ -290,7 +291,7 @@ def test_two_processes_train_as_one_and_one_of_them_writes(
     job += ["--ratio", "head=0.5,ffn=0.8,block=0.34", "--steps", "12", "--lr", "1e-3", "--json", "-o"]
     alone = edgepress(*job, tmp_path / "alone")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "edgepress"]
-    command = [*launch, *map(str, job), str(tmp_path / "both")]
+    command = [*launch, *map(str, job), str(tmp_path / "both"), *(["--sharded"] if sharded else [])]
     both = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (alone.returncode, both.returncode) == (0, 0), alone.stderr + both.stderr
     ours, theirs = json.loads(both.stdout), json.loads(alone.stdout)
@@ -304,6 +305,56 @@ def test_two_processes_train_as_one_and_one_of_them_writes(
     assert any(not torch.equal(second[name], tensor) for name, tensor in first.items()), "added up in another order"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "both", "few.csv"]
     assert both.stderr.count("distill …") == 1, "one process prints"
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+import edgepress as ep
+from edgepress.compress.recover import loop
+from edgepress.models import checkpoint
+
+model, rows, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+whole = ep.load(model, rows, columns={"text": "review", "label": "stars"}, max_length=64)
+half = checkpoint.read(folder / "half", whole.data)
+take = loop.Training._take
+
+def watched(training, batch):
+    if training.step == 30:
+        raise SystemExit
+    take(training, batch)
+    weights = training.weights.values()
+    held = sum(weight.to_local().numel() for weight in weights)
+    assert 0.4 < held / sum(weight.numel() for weight in weights) < 0.6, "each holds about a half"
+
+loop.Training._take = watched
+ep.recover(half, whole, checkpoint=folder / "state", **{OPTIONS})
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_two_processes_held_parts_of_goes_on_in_one(
+    rank: int, workload: Any, pruned: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    from edgepress.models import checkpoint
+
+    checkpoint.save(pruned, tmp_path / "half")
+    options = {"steps": 40, "batch": 16, "lr": 1e-3, "evaluate_every": 10, "rank": rank}
+    (tmp_path / "train.py").write_text(SHARDED.replace("{OPTIONS}", repr(options)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "train.py"]
+    command = [*launch, model_folder, reviews_csv, tmp_path]
+    env = {**os.environ, "ACCELERATE_USE_FSDP": "true"}  # as `accelerate launch --use_fsdp` has it
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    steps: list[int] = []
+    state = tmp_path / "state"
+    resumed = recover(pruned, workload, checkpoint=state, progress=lambda done, *_: steps.append(done), **options)
+    assert steps[0] == 21, "it went on from where they were"
+    straight = recover(pruned, workload, **options)
+    first, second = (found.workload.module.state_dict() for found in (straight, resumed))
+    for name, tensor in first.items():
+        if not name.endswith("key.bias"):  # its gradient is nothing but rounding, which Adam makes whole steps of
+            torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
 # ---- adapters, precision, held-out rows, rounds

@@ -57,6 +57,22 @@ def test_batches_hold_every_row_once_and_pad_with_mask(workload: Any) -> None:
         assert sorted(seen) == list(range(len(rows)))
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_batches_hold_no_more_tokens_than_asked_for(workload: Any, seed: int | None) -> None:
+    rows, seen = workload.data.evaluation, []
+    sizes = []
+    for batch in rows.batches(17, tokens=60, seed=seed):
+        seen += batch.rows.tolist()
+        count, length = batch.inputs["input_ids"].shape
+        assert count == 1 or (count <= 17 and count * length <= 60)
+        sizes.append(count)
+    assert sorted(seen) == list(range(len(rows)))
+    assert 1 < max(sizes), "as many as there is room for"
+    longest = int(rows.lengths.max())
+    roomy, plain = (list(rows.batches(17, tokens=tokens, seed=seed)) for tokens in (17 * longest, None))
+    assert [one.rows.tolist() for one in roomy] == [one.rows.tolist() for one in plain]
+
+
 def made_up(count: int, labels: Any, start: int = 0) -> Rows:
     """Rows with tokens of many lengths and a picture each."""
     random = np.random.default_rng(start)
