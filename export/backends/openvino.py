@@ -39,8 +39,8 @@ SESSIONS = {
     "int8-weight": Session(),
     "int8": Session(),
 }
-"""What floats are computed in. By itself OpenVINO takes bfloat16 where the CPU has it, for fp32 files too; beside 8 bits
-that is wanted. A CPU without bfloat16 computes in float32 whatever is asked."""
+"""What floats are computed in. By itself OpenVINO takes bfloat16 where the CPU has it, for fp32 files too; beside 8
+bits that is wanted. A CPU without bfloat16 computes in float32 whatever is asked."""
 SCHEMES = tuple(SESSIONS)
 
 
@@ -60,7 +60,7 @@ def write(
     name: str | None = None,
     base: Artifact | None = None,
 ) -> Artifact:
-    """Write ``workload`` as OpenVINO IR in the precision of ``plan``, prove parity with its module, and seal the folder.
+    """Write ``workload`` as OpenVINO IR in the precision of ``plan``, prove parity with its module, seal the folder.
 
     ``base`` is a float ONNX artifact of the same module, whose graph is used unless the plan changes the module's
     state. Raises UnavailableError where OpenVINO is not installed or cannot read the graph, and ParityError; nothing
