@@ -638,7 +638,7 @@ def export(
     to: Annotated[str, typer.Option("--to", help="onnx, openvino or tensorrt.")] = "onnx",
     scheme: Annotated[
         str,
-        typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8, for the others int8-weight."),
+        typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8."),
     ] = "fp32",
     capability: Annotated[
         str | None,

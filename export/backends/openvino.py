@@ -27,7 +27,7 @@ from ...models.dequantize import dequantized
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
-from .. import halves, nbits, pairs, parity
+from .. import halves, pairs, parity
 from ..artifact import Artifact, Session
 from . import onnx as onnx_backend
 
@@ -36,7 +36,6 @@ SESSIONS = {
     "fp32": Session(inference_precision="f32"),
     "fp16": Session(inference_precision="f32"),
     "bf16": Session(inference_precision="bf16"),
-    "int8-weight": Session(),
     "int8": Session(),
 }
 """What floats are computed in. By itself OpenVINO takes bfloat16 where the CPU has it, for fp32 files too; beside 8
@@ -97,9 +96,7 @@ def written(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
     """A float graph with the precisions of ``plan`` written into it, for OpenVINO to read."""
     if plan.scheme == "int8":
         return pairs.place(graph, plan)
-    if plan.scheme == "int8-weight":
-        nbits.rewrite(graph, plan)
-    elif plan.scheme in halves.TYPES:
+    if plan.scheme in halves.TYPES:
         halves.store(graph, plan)
     return graph
 

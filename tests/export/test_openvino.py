@@ -39,7 +39,7 @@ def base(pruned: Any, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def plans(pruned: Any) -> dict[str, QuantizationPlan]:
-    options: dict[str, dict[str, Any]] = {"int8": {"rows": 32}}
+    options: dict[str, dict[str, Any]] = {"int8": {"rows": 16}}
     schemes = (scheme for scheme in backend.SCHEMES if scheme != "fp32")
     return {
         "fp32": QuantizationPlan("fp32"),
@@ -75,7 +75,7 @@ def test_an_artifact_is_whole_and_proven(
     assert (manifest.runtime, manifest.model_file, manifest.precision) == ("openvino", "model.xml", scheme)
     assert {"model.xml", "model.bin", "tokenizer.json"} <= set(manifest.files)
     assert manifest.parity is not None
-    assert manifest.parity.cosine > (0.98 if scheme.startswith("int8") else 0.9999)
+    assert manifest.parity.cosine > (0.98 if scheme == "int8" else 0.999)
     assert {(1, 1), (32, 64)} <= set(manifest.parity.shapes)
     assert manifest.tools["openvino"].startswith(openvino.__version__.split("-")[0])
     share = {"fp32": 1.1, "fp16": 0.75, "bf16": 0.75}.get(scheme, 0.6)
