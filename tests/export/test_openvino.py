@@ -39,7 +39,7 @@ def base(pruned: Any, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def plans(pruned: Any) -> dict[str, QuantizationPlan]:
-    """Plans that leave the module's weights as they are, so that one export serves all; int8 is smoothed at run time."""
+    """Plans that leave the module's weights as they are, so that one export serves all; int8 is smoothed."""
     plain = ep.quantize(pruned, "int8", rows=16, smooth="none", correct_bias=False)
     halved = {name: (low / 2, high / 2) for name, (low, high) in plain.activations.items()}
     smooth = {name: torch.full((pruned.module.get_submodule(name).in_features,), 2.0) for name in halved}
