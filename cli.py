@@ -639,9 +639,10 @@ def export(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    to: Annotated[str, typer.Option("--to", help="onnx or tensorrt.")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino or tensorrt.")] = "onnx",
     scheme: Annotated[
-        str, typer.Option("--scheme", help="Precision: fp32, and for tensorrt also fp16, bf16, int8 or fp8.")
+        str,
+        typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8."),
     ] = "fp32",
     capability: Annotated[
         str | None,

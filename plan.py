@@ -155,7 +155,8 @@ class QuantizationPlan:
     biases). ``codes`` are weights that a method has rounded itself; others are rounded to nearest as they are written.
     ``smooth`` maps a module name to a positive scale for each of its input channels, [in]: the input over it is what
     is quantized, to the range in ``activations``, and the weight's columns times it are what is rounded. Modules that
-    read the same tensor share one scale.
+    read the same tensor share one scale. ``outputs`` maps a module name to the (low, high) range of its output where
+    attention multiplies it with another activation, for runtimes that do that in 8 bits too.
     """
 
     scheme: str
@@ -164,6 +165,7 @@ class QuantizationPlan:
     state: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     codes: Mapping[str, Codes] = field(default_factory=dict, compare=False)
     smooth: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors."""
@@ -171,6 +173,7 @@ class QuantizationPlan:
             "scheme": self.scheme,
             "weights": dict(self.weights),
             "activations": {name: list(span) for name, span in self.activations.items()},
+            "outputs": {name: list(span) for name, span in self.outputs.items()},
         }
 
     @classmethod
@@ -180,6 +183,7 @@ class QuantizationPlan:
                 scheme=str(data["scheme"]),
                 weights={str(name): str(kind) for name, kind in data["weights"].items()},
                 activations={str(name): (float(a), float(b)) for name, (a, b) in data["activations"].items()},
+                outputs={str(name): (float(a), float(b)) for name, (a, b) in data.get("outputs", {}).items()},
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"This is not a quantization plan: {error}.") from error

@@ -14,7 +14,7 @@ import psutil
 from numpy.typing import NDArray
 
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-PACKAGES = ("edgepress", "numpy", "onnx", "onnxruntime", "torch", "transformers")
+PACKAGES = ("edgepress", "numpy", "onnx", "onnxruntime", "openvino", "torch", "transformers")
 DECISIVE = ("cpu", "flags", "cpus", "system", "threads")
 
 

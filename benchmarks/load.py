@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def benchmark(
                 f"{artifact.folder} is for {artifact.manifest.runtime}, which cannot be measured yet in this version "
                 f"(what can: {', '.join(runner.RUNTIMES)})."
             )
+        package, _ = runner.RUNTIMES[artifact.manifest.runtime]
+        if find_spec(package) is None:
+            raise UnavailableError(
+                f"{artifact.folder} runs on {package}, which is missing: "
+                f"pip install 'edgepress[{artifact.manifest.runtime}]' brings it."
+            )
         _check_shape(artifact, batch, sequence)
     if not any(
         axis.name == "sequence" for spec in artifacts[0].manifest.inputs.values() for axis in spec.axes.values()
@@ -64,6 +71,7 @@ def benchmark(
                 "runtime": artifact.manifest.runtime,
                 "model": f"{host.put(artifact.folder)}/{artifact.manifest.model_file}",
                 "disabled_optimizers": list(artifact.manifest.session.disabled_optimizers),
+                "inference_precision": artifact.manifest.session.inference_precision,
             }
             for artifact in artifacts
         ]

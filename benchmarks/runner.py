@@ -57,6 +57,8 @@ def open_openvino(artifact: dict[str, Any], threads: int, feeds: dict[str, Any])
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    if artifact.get("inference_precision"):
+        settings["INFERENCE_PRECISION_HINT"] = artifact["inference_precision"]
     request = openvino.Core().compile_model(artifact["model"], "CPU", settings).create_infer_request()
     return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
 

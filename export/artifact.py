@@ -49,6 +49,8 @@ class Session(_Strict):
     """What a runtime must be told to run the file as it was measured."""
 
     disabled_optimizers: tuple[str, ...] = ()
+    inference_precision: str | None = None
+    """What OpenVINO computes floats in, "f32" or "bf16"; its own choice where nothing is said."""
 
 
 class Engine(_Strict):

@@ -61,14 +61,11 @@ def place(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
     """
     model = ir.from_proto(graph)
     model.opset_imports.setdefault(CONTRIB, 1)
-    by_input: dict[tuple[ir.Value, bytes], list[Product]] = {}
-    for product in products(model.graph, plan):
-        by_input.setdefault((product.input, smoothing(product, plan).tobytes()), []).append(product)
-    for siblings in by_input.values():
-        _place_products(model.graph, siblings, plan)
+    for alike in siblings(model.graph, plan):
+        _place_products(model.graph, alike, plan)
     for node in list(model.graph):
-        if _planned(node, plan) and node.op_type == "Gather":
-            _place_table(model.graph, node)
+        if planned(node, plan) and node.op_type == "Gather":
+            place_table(model.graph, node)
     attention.fuse(model)
     passes.RemoveUnusedNodesPass()(model)
     _hasten_gelus(model.graph)
@@ -79,7 +76,7 @@ def products(graph: ir.Graph, plan: QuantizationPlan) -> list[Product]:
     """The planned products of a graph that have a constant matrix on their right."""
     found = []
     for node in graph:
-        name = _planned(node, plan)
+        name = planned(node, plan)
         if not name or node.op_type not in {"MatMul", "Gemm"}:
             continue
         weight = _constant(node.inputs[1])
@@ -101,12 +98,20 @@ def products(graph: ir.Graph, plan: QuantizationPlan) -> list[Product]:
     return found
 
 
+def siblings(graph: ir.Graph, plan: QuantizationPlan) -> list[list[Product]]:
+    """The planned products, those together that read one input under one smoothing."""
+    by_input: dict[tuple[ir.Value, bytes], list[Product]] = {}
+    for product in products(graph, plan):
+        by_input.setdefault((product.input, smoothing(product, plan).tobytes()), []).append(product)
+    return list(by_input.values())
+
+
 def names(node: str) -> tuple[str, str]:
     """What a plan may call a node: its own name, or the module that it comes from."""
     return node, node.rsplit("/", 1)[0]
 
 
-def _planned(node: ir.Node, plan: QuantizationPlan) -> str:
+def planned(node: ir.Node, plan: QuantizationPlan) -> str:
     """What the plan calls the node, or nothing."""
     return next((name for name in names(node.name or "") if plan.weights.get(name) in {"int8", "fp8"}), "")
 
@@ -154,19 +159,19 @@ def _readers(node: ir.Node) -> set[str]:
     return {one.op_type for one in behind or found}
 
 
-def _place_products(graph: ir.Graph, siblings: Sequence[Product], plan: QuantizationPlan) -> None:
+def _place_products(graph: ir.Graph, alike: Sequence[Product], plan: QuantizationPlan) -> None:
     """Products of one input, which is quantized once for them all."""
-    first, smooth = siblings[0], smoothing(siblings[0], plan)
+    first, smooth = alike[0], smoothing(alike[0], plan)
     value, label = first.input, first.node.name or first.name  # a module that runs twice has two nodes
     if smooth.size:
         inverse = constant(graph, f"{first.name}.smooth", 1 / smooth)
         divide = ir.node("Mul", [value, inverse], name=f"{label}{SMOOTH}")
         graph.insert_before(first.node, divide)
         value = divide.outputs[0]
-    spans = [plan.activations.get(product.name) for product in siblings]
+    spans = [plan.activations.get(product.name) for product in alike]
     known = [span for span in spans if span is not None]
     if known and len(known) == len(spans):
-        scale, zero = _unsigned(min(low for low, _ in known), max(high for _, high in known), first.name)
+        scale, zero = unsigned(min(low for low, _ in known), max(high for _, high in known), first.name)
         constants = [constant(graph, f"{first.name}.input_scale", scale)]
         constants.append(constant(graph, f"{first.name}.input_zero_point", zero))
         quantize = ir.node("QuantizeLinear", [value, *constants], name=f"{label}/QuantizeLinear")
@@ -175,7 +180,7 @@ def _place_products(graph: ir.Graph, siblings: Sequence[Product], plan: Quantiza
         quantize = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{label}/DynamicQuantizeLinear")
         quantized = (quantize.outputs[0], quantize.outputs[1], quantize.outputs[2])
     graph.insert_before(first.node, quantize)
-    for product in siblings:
+    for product in alike:
         _place_product(graph, product, plan, quantized)
 
 
@@ -213,7 +218,7 @@ def signed(product: Product, plan: QuantizationPlan) -> tuple[NDArray[np.int8], 
     return np.ascontiguousarray(codes.T).astype(np.int8), given.scales.numpy()[:, 0].astype(np.float32)
 
 
-def _unsigned(low: float, high: float, name: str) -> tuple[Float, NDArray[np.uint8]]:
+def unsigned(low: float, high: float, name: str) -> tuple[Float, NDArray[np.uint8]]:
     """Scale and zero point of a range, widened to hold 0, which must be exact."""
     low, high = min(low, 0.0), max(high, 0.0)
     if not (np.isfinite([low, high]).all() and low < high):
@@ -222,7 +227,7 @@ def _unsigned(low: float, high: float, name: str) -> tuple[Float, NDArray[np.uin
     return np.asarray(scale), np.asarray(np.clip(np.rint(-low / scale), 0, LEVELS), np.uint8)
 
 
-def _place_table(graph: ir.Graph, node: ir.Node) -> None:
+def place_table(graph: ir.Graph, node: ir.Node) -> None:
     """A look-up of rows in 8 bits, each row with its own scale; nothing where they are not rows of a constant."""
     table, name = _constant(node.inputs[0]), node.inputs[0].name if node.inputs[0] is not None else ""
     if table is None or table.ndim != 2 or node.attributes.get_int("axis", 0) != 0:

@@ -29,7 +29,7 @@ from onnx_ir.passes import common as passes
 from ..errors import InputError
 from ..plan import QuantizationPlan
 from .attention import constant, take_place
-from .placement import Float, Product, products, signed, smoothing
+from .placement import Float, Product, siblings, signed, smoothing
 
 OPSET = 21
 """The first in which scales are of any floating type."""
@@ -65,24 +65,21 @@ def place(graph: onnx.ModelProto, plan: QuantizationPlan, scale_type: np.dtype[A
     """
     model = ir.from_proto(onnx.shape_inference.infer_shapes(graph))
     model.opset_imports[""] = max(OPSET, model.opset_imports[""])
-    by_input: dict[tuple[ir.Value, bytes], list[Product]] = {}
-    for product in products(model.graph, plan):
-        by_input.setdefault((product.input, smoothing(product, plan).tobytes()), []).append(product)
-    for siblings in by_input.values():
-        _place(model.graph, siblings, plan, scale_type)
+    for alike in siblings(model.graph, plan):
+        _place(model.graph, alike, plan, scale_type)
     passes.RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)
 
 
-def _place(graph: ir.Graph, siblings: Sequence[Product], plan: QuantizationPlan, scale_type: np.dtype[Any]) -> None:
+def _place(graph: ir.Graph, alike: Sequence[Product], plan: QuantizationPlan, scale_type: np.dtype[Any]) -> None:
     """Products of one input, which is quantized once for them all."""
-    first, scales, grid = siblings[0], smoothing(siblings[0], plan), GRIDS[plan.scheme]
+    first, scales, grid = alike[0], smoothing(alike[0], plan), GRIDS[plan.scheme]
     value, label = first.input, first.node.name or first.name  # a module that runs twice has two nodes
     if scales.size:
         divide = ir.node("Mul", [value, constant(graph, f"{first.name}.smooth", 1 / scales)], name=f"{label}/Smooth")
         graph.insert_before(first.node, divide)
         value = _typed(divide, ir.DataType.FLOAT, first.input.shape)
-    ends = [abs(end) for product in siblings for end in plan.activations.get(product.name, (np.inf,))]
+    ends = [abs(end) for product in alike for end in plan.activations.get(product.name, (np.inf,))]
     if not 0 < max(ends) < np.inf:
         raise InputError(f"The input of '{first.name}' cannot be quantized over a range that ends at {max(ends):g}.")
     input_scale = constant(graph, f"{first.name}.input_scale", _held(np.asarray(max(ends) / grid.largest), scale_type))
@@ -92,8 +89,8 @@ def _place(graph: ir.Graph, siblings: Sequence[Product], plan: QuantizationPlan,
     back = ir.node("DequantizeLinear", [code, input_scale, zero], name=f"{label}/Input/DequantizeLinear")
     graph.insert_before(first.node, [quantize, back])
     read = _typed(back, ir.DataType.FLOAT, value.shape)
-    largest = max(float(np.abs(_weight(one, plan)).max()) for one in siblings)  # of one scale, they become one product
-    for product in siblings:
+    largest = max(float(np.abs(_weight(one, plan)).max()) for one in alike)  # of one scale, they become one product
+    for product in alike:
         _place_product(graph, product, read, _quantized(product, plan, largest, scale_type))
 
 

@@ -33,6 +33,7 @@ from edgepress.benchmarks.peers.fp32_graphs import fused, traced
 from edgepress.compress import quantize as quantizers
 from edgepress.export.artifact import Artifact, open_artifact
 from edgepress.export.backends import onnx as backend
+from edgepress.export.backends import openvino as openvino_backend
 from edgepress.models import metrics
 from edgepress.models.workload import Workload
 from numpy.typing import NDArray
@@ -152,6 +153,9 @@ def of_edgepress(workload: Workload, base: Artifact, folder: Path, rows: int) ->
         plan = quantizers.quantize(workload, name.split(",", maxsplit=1)[0], **options)
         written = backend.write(workload, plan, folder / name.replace(", ", "-"), base=base)
         yield Contender(f"edgepress {name}", "onnx", written.model_file, written.manifest.session.disabled_optimizers)
+        if name == "int8":  # the same plan on the other runtime
+            written = openvino_backend.write(workload, plan, folder / f"{name}-openvino", base=base)
+            yield Contender(f"edgepress {name}, OpenVINO", "openvino", written.model_file)
 
 
 # ---- what they keep

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..environment import usable_cpus
 
 TARGETS = ("local",)
 PLANNED = {
-    "cpu:openvino": "the OpenVINO runtime",
+    "cpu:openvino": "OpenVINO as what compress aims at",
     "cuda": "ONNX Runtime on an NVIDIA GPU",
     "tensorrt": "TensorRT",
     "ssh://user@host/cpu:2": "a device over ssh",
@@ -64,8 +65,10 @@ def parse(text: str) -> Target:
 def listing() -> list[dict[str, Any]]:
     """Every target, whether this machine can run it, and if not what is missing."""
     cpus = usable_cpus()
+    openvino = "OpenVINO" if find_spec("openvino") else "OpenVINO is missing (pip install 'edgepress[openvino]')"
     rows: list[dict[str, Any]] = [
-        {"target": f"cpu:{n}", "available": True, "note": f"ONNX Runtime, {n} of {cpus} threads"} for n in {1, cpus}
+        {"target": f"cpu:{n}", "available": True, "note": f"{n} of {cpus} threads; ONNX Runtime, {openvino}"}
+        for n in sorted({1, cpus})
     ]
     rows += [
         {"target": word, "available": False, "note": f"{what}: not available yet in this version"}

@@ -200,3 +200,22 @@ def ranges(
     visit(workload, [layers[0] for layers in tensors], see, rows=rows, seed=seed, progress=progress)
     spans = {name: chosen(histogram) for name, histogram in found.items()}
     return {name: spans[layers[0]] for layers in tensors for name in layers if layers[0] in spans}
+
+
+def output_ranges(
+    workload: Workload, names: Iterable[str], *, rows: int = 128, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Span]:
+    """The least and the greatest value, and 0, of what each layer in ``names`` puts out for ``rows`` calibration rows,
+    padding left out."""
+    groups = {tensor.layers[0]: tensor.layers for tensor in inputs(workload, names)}
+    found: dict[str, Span] = {}
+
+    def see(first: str, x: Tensor) -> None:
+        for name in groups[first]:
+            layer = workload.module.get_submodule(name)
+            low, high = (float(end) for end in type(layer).forward(layer, x).aminmax())  # past the hooks
+            before = found.get(name, (0.0, 0.0))
+            found[name] = min(before[0], low), max(before[1], high)
+
+    visit(workload, groups, see, rows=rows, seed=seed, progress=progress)
+    return found

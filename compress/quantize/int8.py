@@ -4,20 +4,21 @@ What    Weights of linear layers in signed 8 bits, one scale per output channel;
         range calibrated on rows. Outlying channels are smoothed first, biases make up for what rounding shifts.
         Embedding tables in 8 bits, dequantized at the look-up.
 When    Transformers on a CPU with integer dot products (VNNI, or NEON dotprod): no pass over an input for its range.
-Cost    Three passes over the calibration rows and a search of the smoothing strengths: a minute for a small model.
+Cost    Four passes over the calibration rows and a search of the smoothing strengths: a minute for a small model.
 Source  Jacob et al. 2018 (arXiv 1712.05877); SmoothQuant (arXiv 2211.10438); bias correction (arXiv 1906.04721)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ...errors import UsageError
 from ...models.workload import Progress, Workload
 from ...plan import QuantizationPlan
 from .bias_correction import corrected
 from .calibrate import observer as known_observer
-from .calibrate import ranges
+from .calibrate import output_ranges, ranges
 from .choice import products, tables
 from .fake import holding
 from .smoothquant import Smoothing, smoothed
@@ -68,10 +69,18 @@ def quantize(
         )
     with holding(workload.module, found.state):
         spans = ranges(workload, chosen, observe=observer, smooth=found.smooth, rows=rows, seed=seed, progress=progress)
+        heads = [name for name in _projections(workload) if name in spans]
+        outputs = output_ranges(workload, heads, rows=rows, seed=seed, progress=progress) if heads else {}
     weights = dict.fromkeys([*spans, *(name for name in large if name not in keep)], "int8")
     scales = {name: scale for name, scale in found.smooth.items() if name in spans}
-    plan = QuantizationPlan("int8", weights, spans, found.state, smooth=scales)
+    plan = QuantizationPlan("int8", weights, spans, found.state, smooth=scales, outputs=outputs)
     if not correct_bias:
         return plan
     biases = corrected(workload, plan, rows=rows, seed=seed, progress=progress)
-    return QuantizationPlan("int8", weights, spans, {**found.state, **biases}, smooth=scales)
+    return replace(plan, state={**found.state, **biases})
+
+
+def _projections(workload: Workload) -> list[str]:
+    """The layers whose outputs are the queries, keys and values of heads."""
+    sites = (site for kind in ("head", "kv", "cross_head") for site in workload.structure.of_kind(kind))
+    return list(dict.fromkeys(cut.layer for site in sites for cut in site.cuts if cut.side == "out"))

@@ -9,18 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from ...errors import UnavailableError, UsageError
+from ...errors import UsageError
 
-BACKENDS = ("onnx", "tensorrt")
-PLANNED = ("openvino",)
+BACKENDS = ("onnx", "tensorrt", "openvino")
 
 
 def get(name: str) -> ModuleType:
-    """The module ``export/backends/<name>.py``; raises UsageError, or UnavailableError for a planned one."""
+    """The module ``export/backends/<name>.py``; raises UsageError where there is none."""
     if name in BACKENDS:
         return import_module(f"{__name__}.{name}")
-    if name in PLANNED:
-        raise UnavailableError(
-            f"Export to {name} is not available yet in this version (available: {', '.join(BACKENDS)})."
-        )
-    raise UsageError(f"There is no runtime '{name}' (known: {', '.join((*BACKENDS, *PLANNED))}).")
+    raise UsageError(f"There is no runtime '{name}' (known: {', '.join(BACKENDS)}).")

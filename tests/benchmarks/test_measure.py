@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import edgepress as ep
 import numpy as np
 import pytest
-from edgepress.benchmarks import compare, environment, runner, targets
+from edgepress.benchmarks import compare, environment, load, runner, targets
 from edgepress.benchmarks.measurement import Measurement
 from edgepress.errors import InputError, UnavailableError, UsageError
+from edgepress.export.backends import openvino as openvino_backend
+from edgepress.plan import QuantizationPlan
 
 ENVIRONMENT = environment.fingerprint(2)
 
@@ -124,6 +127,28 @@ def test_a_runtime_that_cannot_be_measured_is_one_sentence(workload: Any, tmp_pa
     engine = replace(written, manifest=written.manifest.model_copy(update={"runtime": "tensorrt"}))
     with pytest.raises(UnavailableError, match=r"is for tensorrt, which cannot be measured yet .*onnx"):
         ep.benchmark([engine])
+
+
+def test_two_runtimes_interleaved(workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    first = ep.export(workload, tmp_path / "onnx")
+    second = openvino_backend.write(workload, QuantizationPlan("fp32"), tmp_path / "openvino", base=first)
+    taken = ep.benchmark([first, second], target="cpu:1", sequence=16, min_queries=40)
+    assert [len(item.samples) for item in taken] == [40, 40]
+    assert all(item.samples.min() > 0 and item.peak_rss_bytes and item.load_ms for item in taken)
+    assert "openvino" in taken[0].environment["packages"]
+    assert ep.compare(taken)[1]["speedup"]["value"] > 0
+    monkeypatch.setattr(load, "find_spec", lambda _: None)
+    with pytest.raises(UnavailableError, match=r"which is missing: pip install 'edgepress\[openvino\]'"):
+        ep.benchmark([second])
+
+
+@pytest.mark.parametrize(("found", "note"), [(object(), "OpenVINO$"), (None, r"edgepress\[openvino\]")])
+def test_the_list_of_targets_tells_of_openvino(found: Any, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda _: found)
+    rows = [row for row in targets.listing() if row["available"]]
+    assert rows
+    assert all(re.search(note, row["note"]) for row in rows)
 
 
 def test_real_artifacts_interleaved(workload: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from edgepress.errors import InputError, UnavailableError, UsageError
+from edgepress.errors import InputError, UsageError
 from edgepress.export import backends, parity
 from edgepress.export.artifact import open_artifact
 from edgepress.export.backends.onnx import open_session, write
@@ -133,9 +133,7 @@ def test_missing_folders_and_files(copied: Path, tmp_path: Path) -> None:
         open_artifact(copied)
 
 
-def test_runtimes_that_are_planned_and_that_are_not() -> None:
-    with pytest.raises(UnavailableError, match="not available yet"):
-        backends.get("openvino")
+def test_runtimes_that_there_are_not() -> None:
     with pytest.raises(UsageError, match="onnx"):
         backends.get("caffe")
 

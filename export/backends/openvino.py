@@ -1,0 +1,133 @@
+"""OpenVINO.
+
+What    Writes OpenVINO IR (``model.xml`` and ``model.bin``) with dynamic batch and sequence, and runs it on the CPU.
+When    x86 CPUs, where its kernels of 8 bits and of bfloat16 are the fastest for many shapes.
+Cost    As an ONNX export, and a conversion of seconds.
+Source  docs.openvino.ai, "OpenVINO IR format", "CPU device", "Low Precision Transformations"
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from ...errors import InputError, UnavailableError, UsageError
+from ...files import new_folder
+from ...models.dequantize import dequantized
+from ...models.workload import Workload
+from ...plan import QuantizationPlan
+from .. import artifact as artifacts
+from .. import halves, pairs, parity
+from ..artifact import Artifact, Session
+from . import onnx as onnx_backend
+
+MODEL_FILE = "model.xml"
+SESSIONS = {
+    "fp32": Session(inference_precision="f32"),
+    "fp16": Session(inference_precision="f32"),
+    "bf16": Session(inference_precision="bf16"),
+    "int8": Session(),
+}
+"""What floats are computed in. By itself OpenVINO takes bfloat16 where the CPU has it, for fp32 files too; beside 8
+bits that is wanted. A CPU without bfloat16 computes in float32 whatever is asked."""
+SCHEMES = tuple(SESSIONS)
+
+
+def library() -> ModuleType:
+    """The module ``openvino``; UnavailableError where it is not installed or not whole."""
+    try:
+        return import_module("openvino")
+    except (ImportError, OSError) as error:
+        raise UnavailableError("OpenVINO is missing: pip install 'edgepress[openvino]' brings it.") from error
+
+
+def write(
+    workload: Workload,
+    plan: QuantizationPlan,
+    folder: Path,
+    *,
+    name: str | None = None,
+    base: Artifact | None = None,
+) -> Artifact:
+    """Write ``workload`` as OpenVINO IR in the precision of ``plan``, prove parity with its module, seal the folder.
+
+    ``base`` is a float ONNX artifact of the same module, whose graph is used unless the plan changes the module's
+    state. Raises UnavailableError where OpenVINO is not installed or cannot read the graph, and ParityError; nothing
+    is left behind then.
+    """
+    openvino = library()
+    if plan.scheme not in SCHEMES:
+        raise UsageError(
+            f"The openvino runtime cannot write the scheme '{plan.scheme}' (it can: {', '.join(SCHEMES)})."
+        )
+    if base is not None and (base.manifest.runtime, base.precision) != ("onnx", "fp32"):
+        made = f"{base.precision} for {base.manifest.runtime}"
+        raise UsageError(f"A graph to convert must be an fp32 onnx artifact; {base.folder} is {made}.")
+    with new_folder(folder) as place:
+        float_graph = onnx.load(base.model_file) if base and not plan.state else None
+        graph = written(float_graph or onnx_backend.export(dequantized(workload, plan)), plan)
+        try:
+            model = openvino.Core().read_model(graph.SerializeToString())
+        except RuntimeError as error:
+            raise UnavailableError(f"OpenVINO cannot read the graph of {workload.name}: {_reason(error)}") from error
+        openvino.save_model(model, place / MODEL_FILE, compress_to_fp16=False)
+        described = artifacts.describe(workload, plan, graph, runtime="openvino", file=MODEL_FILE, name=name, base=base)
+        tools = {tool: version(tool) for tool in ("torch", "onnx", "openvino", "transformers")}
+        kinds = Counter(operator.get_type_name() for operator in model.get_ops())
+        more = {"session": SESSIONS[plan.scheme], "operators": dict(sorted(kinds.items())), "tools": tools}
+        manifest = described.model_copy(update=more)
+        with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as session:
+            proof = parity.prove(workload, lambda feed: session.run(feed)[0], precision=plan.scheme)
+        manifest = artifacts.seal_proven(place, manifest, proof, workload)
+    return Artifact(folder, manifest)
+
+
+def written(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
+    """A float graph with the precisions of ``plan`` written into it, for OpenVINO to read."""
+    if plan.scheme == "int8":
+        return pairs.place(graph, plan)
+    if plan.scheme in halves.TYPES:
+        halves.store(graph, plan)
+    return graph
+
+
+@contextmanager
+def open_session(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> Iterator[OpenVinoSession]:
+    """Open an artifact for running; ``threads`` is the size of the pool that one operator is split over."""
+    if device != "cpu":
+        raise UsageError(f"The openvino runtime runs on 'cpu', not on '{device}'.")
+    openvino = library()
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    if artifact.manifest.session.inference_precision:
+        settings["INFERENCE_PRECISION_HINT"] = artifact.manifest.session.inference_precision
+    try:
+        compiled = openvino.Core().compile_model(artifact.model_file, "CPU", settings)
+    except RuntimeError as error:
+        raise InputError(f"OpenVINO cannot load {artifact.model_file}: {_reason(error)}") from error
+    yield OpenVinoSession(compiled)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What an error of OpenVINO says, after the lines that name its own sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith(("Exception from", "Check '"))), type(error).__name__)
+
+
+class OpenVinoSession:
+    """A compiled model: ``run`` maps input arrays by name to the list of outputs."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        return list(self.compiled(dict(feeds)).values())
