@@ -6,7 +6,8 @@
 Every contender gets the same float model and the same calibration rows. For each shape and number of threads all of
 them are measured in one process, interleaved round by round. ``cosine`` is the mean, over evaluation rows, of that
 between what the last layer reads in the float model and in the contender; ``drop`` is what is lost on the task, through
-the file. ``--also`` takes an artifact of the same model that is pruned too. The tools of ONNX Runtime are given the graph that they do best on: exported by tracing, with eager attention.
+the file. ``--also`` takes an artifact of the same model that is pruned too. The tools of ONNX Runtime are given the
+graph that they do best on: exported by tracing, with eager attention.
 
 Peers: onnxruntime.quantization (quantize_dynamic, quantize_static), onnxruntime.transformers, nncf.quantize.
 """

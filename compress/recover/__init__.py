@@ -77,8 +77,9 @@ def recover(
     end. With ``precision`` ``auto`` the forward passes are in bfloat16 on a GPU that has it. With ``evaluate_every`` a
     tenth of the training rows is held out and judged every so many steps; the best weights are returned, and after
     ``patience`` judgements without better ones training ends. Where ``sharded``, or where ``accelerate launch`` is told
-    to use FSDP, each of several processes holds a part of the weights in training (shard.py). The file ``checkpoint`` keeps the state of every 20th
-    step, from which the same call goes on after it was killed. Deterministic by ``seed`` on one machine.
+    to use FSDP, each of several processes holds a part of the weights in training (shard.py). The file ``checkpoint``
+    keeps the state of every 20th step, from which the same call goes on after it was killed. Deterministic by ``seed``
+    on one machine.
 
     Raises DivergedError where lower rates do not help, InputError where the pruned model is not finite to begin with or
     the state cannot be read, UsageError for options that do not go together or a state of another run.
