@@ -681,12 +681,20 @@ def quantize(
         int | None, typer.Option("--seq", help="Of --max-drop: tokens; 128 where the model takes as many.", min=1)
     ] = None,
     metric: MetricOption = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Artifact folder to write.")] = Path("quantized"),
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Artifact folder to write; of an .onnx file another one.")
+    ] = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """Write an ONNX artifact with weights in fewer bits."""
+    """Write an ONNX artifact with weights in fewer bits, or of an .onnx file from anywhere another one."""
+    if model.endswith(".onnx"):
+        if max_drop or target or metric or columns:
+            raise UsageError("An .onnx file takes --data with an .npz file of its inputs, --scheme and -o alone.")
+        _write_file(Path(model), data, scheme, out or Path(f"{Path(model).stem}-{scheme}.onnx"), as_json=json_)
+        return
+    out = out or Path("quantized")
     if max_drop is not None:
         _write_mixed(
             (model, data, columns, metric),
@@ -705,6 +713,33 @@ def quantize(
     _write_artifact(
         model, data, columns, "onnx", scheme, out, as_json=json_, seed=seed, trust_remote_code=trust_remote_code
     )
+
+
+def _write_file(source: Path, data: str | None, scheme: str, out: Path, *, as_json: bool) -> None:
+    """Quantize an ONNX file from anywhere."""
+    from dataclasses import asdict
+
+    from . import foreign
+
+    with ExitStack() as stack:
+        step = Screen(stack).progress("quantize")
+        found = foreign.quantize(source, out, scheme, data=Path(data) if data else None, progress=step)
+    if as_json:
+        parity = {"outputs": {name: asdict(one) for name, one in found.parity.items()}, "rows": found.rows}
+        parity |= {
+            "max_abs": max((one.max_abs for one in found.parity.values()), default=0.0),
+            "cosine": min((one.cosine for one in found.parity.values()), default=1.0),
+            "shapes": [list(shape) for shape in found.shapes],
+        }
+        document = {"artifact": str(out), "precision": scheme, "parity": parity, "quality": None}
+        _print({**document, "size_bytes": found.size_bytes, "quantized": found.quantized, "in_float": found.in_float})
+        return
+    share = found.size_bytes / found.original_bytes
+    print(f"file       {out} ({found.size_bytes / 1e6:.1f} MB, {share:.0%} of the original, {scheme})")
+    print(f"quantized  {len(found.quantized)} operators; in float {', '.join(found.in_float) or 'no other product'}")
+    where = f"{found.rows} rows" if found.rows else "random inputs, for there was no --data"
+    for name, one in found.parity.items():
+        print(f"parity     {name}: cosine {one.cosine:.6f}, max abs {one.max_abs:.2e}, on {where}")
 
 
 def _write_mixed(

@@ -213,7 +213,7 @@ def fit(
         title = f"{scheme}, {len(in_float)} in float" if in_float else f"{scheme}, all"
         written = onnx.write(workload, plan, folder / str(len(in_float)), name=title, base=original)
         judged = metrics.quality(metric, _answers(written, workload, progress), labels, original=before, seed=seed)
-        say(f"{title}: drop {judged.drop:.2f} {metric}")
+        say(f"{title}: {judged.drop or 0.0:.3g} of {metric} lost")
         return Candidate(written, judged)
 
     rounding = sensitivity.uncorrected(workload, scheme, seed=seed, progress=progress)

@@ -25,7 +25,7 @@ Bytes = NDArray[np.uint8]
 
 
 def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan) -> None:
-    """Put the plan's codes in the place of the weights of ``graph``, a float graph whose nodes, or their modules, it names.
+    """Put the plan's codes in the place of the weights of ``graph``, which is in float; they name nodes or modules.
 
     Raises InputError where the plan names a module that has no product or table in the graph, or gives no codes for it.
     """
