@@ -734,7 +734,7 @@ def _write_file(source: Path, data: str | None, scheme: str, out: Path, *, as_js
         document = {"artifact": str(out), "precision": scheme, "parity": parity, "quality": None}
         _print({**document, "size_bytes": found.size_bytes, "quantized": found.quantized, "in_float": found.in_float})
         return
-    share = found.size_bytes / found.original_bytes
+    share = found.size_bytes / found.float_bytes
     print(f"file       {out} ({found.size_bytes / 1e6:.1f} MB, {share:.0%} of the original, {scheme})")
     print(f"quantized  {len(found.quantized)} operators; in float {', '.join(found.in_float) or 'no other product'}")
     where = f"{found.rows} rows" if found.rows else "random inputs, for there was no --data"

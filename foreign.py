@@ -27,7 +27,7 @@ from .compress.quantize.choice import LARGE
 from .compress.quantize.smoothquant import Sample, best
 from .errors import InputError, UsageError
 from .export import attention, nbits, placement
-from .export.backends.onnx import quantize_graph
+from .export.backends.onnx import quantize_graph, without_advice
 from .export.placement import Product
 from .files import write_bytes
 from .models.workload import Progress
@@ -56,7 +56,8 @@ class Quantized:
     path: Path
     scheme: str
     size_bytes: int
-    original_bytes: int
+    float_bytes: int
+    """Of the graph as it was read."""
     quantized: tuple[str, ...]
     """The nodes in fewer bits."""
     in_float: tuple[str, ...]
@@ -82,7 +83,8 @@ def quantize(
         raise UsageError(f"{out} is not another file that ends in .onnx; give one with -o.")
     tell = progress or (lambda done, total, note: None)
     graph = read(source)
-    session = _session(graph.SerializeToString(), source)
+    content = graph.SerializeToString()
+    session, float_bytes = _session(content, source), len(content)
     feeds = list(batches(session, data)) if data else []
     if scheme == "int8" and not feeds:
         names = ", ".join(one.name for one in session.get_inputs())
@@ -117,7 +119,7 @@ def quantize(
         out,
         scheme,
         len(content),
-        source.stat().st_size,
+        float_bytes,
         tuple(sorted(chosen)),
         tuple(name for name, size in heavy.items() if size and name not in chosen),
         parity,
@@ -345,15 +347,16 @@ def _convolutional(graph: onnx.ModelProto, feeds: Sequence[Feeds], path: Path) -
             return next(self.left, None)
 
     flags = set(fingerprint(1)["flags"])
-    quantize_static(
-        graph,
-        path,
-        Rows(),
-        per_channel=True,
-        reduce_range=not flags & {"avx512_vnni", "avx_vnni", "asimddp"},
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
+    with without_advice():
+        quantize_static(
+            graph,
+            path,
+            Rows(),
+            per_channel=True,
+            reduce_range=not flags & {"avx512_vnni", "avx_vnni", "asimddp"},
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
 
 
 # ---- comparing
