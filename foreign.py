@@ -159,12 +159,14 @@ def read(source: Path) -> onnx.ModelProto:
     limit = 1 << 28
     graph = onnxscript.optimizer.optimize(graph, input_size_limit=limit, output_size_limit=limit)
     taken: set[str] = set()
+    modules: set[str] = set()
     for number, node in enumerate(graph.graph.node):
         name = node.name or f"{node.op_type}_{number}"
-        while {*placement.names(name)} & taken:  # a plan must not mean another node by it
-            name = f"{name}_{number}"
+        while name in taken | modules or placement.names(name)[1] in taken:  # a plan must not mean another node by it
+            name = f"{name}_{number}".replace("/", ".")
         node.name = name
         taken.add(name)
+        modules |= {*placement.names(name)} - {name}
     return graph
 
 

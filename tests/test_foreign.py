@@ -69,11 +69,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _cosines(one: Path, other: Path, feeds: dict[str, NDArray[Any]]) -> list[float]:
-    found = []
-    sessions = [onnxruntime.InferenceSession(path) for path in (one, other)]
-    for a, b in zip(*(session.run(None, feeds) for session in sessions), strict=True):
-        found.append(float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())))
-    return found
+    """Of each output, over batches as they are compared: a range that is found as rows come is a batch's own."""
+    answers = []
+    for session in (onnxruntime.InferenceSession(path) for path in (one, other)):
+        starts = range(0, len(next(iter(feeds.values()))), foreign.BATCH)
+        parts = [session.run(None, {k: v[start : start + foreign.BATCH] for k, v in feeds.items()}) for start in starts]
+        answers.append([np.concatenate(output).ravel() for output in zip(*parts, strict=True)])
+    return [float(a @ b / np.sqrt((a @ a) * (b @ b))) for a, b in zip(*answers, strict=True)]
 
 
 @pytest.mark.parametrize("name", ["old", "new"])
