@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from . import __version__
-from .benchmarks import compare, environment, latency, load, speed, targets
+from .benchmarks import compare, environment, latency, load, mixed, speed, targets
 from .benchmarks.measurement import Measurement
 from .benchmarks.report import write_report
 from .benchmarks.targets import Target
@@ -26,8 +27,9 @@ from .compress.prune import predicted
 from .compress.prune.allocate import by_ratio
 from .compress.prune.budget import choices
 from .compress.prune.reconstruct import reconstruct
+from .compress.quantize import sensitivity
 from .compress.recover import recover
-from .errors import InputError, UsageError
+from .errors import InputError, UnavailableError, UsageError
 from .export import artifact as artifacts
 from .export.artifact import Artifact
 from .export.backends import onnx
@@ -35,6 +37,7 @@ from .files import new_folder, write_text
 from .gate import Constraint, Standing, gate, unmet
 from .models import checkpoint, metrics, surgery
 from .models import workload as workloads
+from .models.measures import told
 from .models.metrics import Quality
 from .models.workload import Progress, Workload
 from .plan import PruningPlan, QuantizationPlan
@@ -133,6 +136,7 @@ class _Run:
         self.losses: predicted.Predicted | None = None
         self.schemes = recipe.quantize.tried() if recipe.quantize else ()
         self.precision = "fp32"
+        self.mixed: list[dict[str, Any]] = []
         facts = {"edgepress": __version__, "workload": workload.fingerprint(), "seed": recipe.seed}
         self.stages = Stages(out, facts, show)
 
@@ -151,11 +155,16 @@ class _Run:
         scheme: str,
         depends: Mapping[str, Any],
         base: Variant | None,
+        planned: Callable[[], QuantizationPlan] | None = None,
     ) -> Variant:
-        """Export in a scheme, choose the graph form by measuring, judge the quality through the file."""
+        """Export in a scheme, by its own plan or the one ``planned``, choose the graph form by measuring, judge the
+        quality through the file."""
 
         def make(place: Path, progress: Progress) -> dict[str, Any]:
-            plan = quantizers.quantize(workload, scheme) if scheme != "fp32" else QuantizationPlan("fp32")
+            if planned:
+                plan = planned()
+            else:
+                plan = quantizers.quantize(workload, scheme) if scheme != "fp32" else QuantizationPlan("fp32")
             progress(0, 0, "exporting")
             float_graph = base.artifact if base and base.artifact.precision == "fp32" and scheme != "fp32" else None
             written = onnx.write(workload, plan, place / "artifact", name=title, base=float_graph)
@@ -229,8 +238,13 @@ class _Run:
         original = self.baseline()
         _check_sane(original.quality, self.workload)
         variants = [original]
-        wholes = [self._quantized(scheme, scheme, f"{scheme} only", self.workload, original) for scheme in self.schemes]
-        whole = self._fastest([variant for variant in wholes if variant])
+        wholes = [self._artifact(name, f"{name} only", self.workload, name, {}, original) for name in self.schemes]
+        whole = self._fastest(
+            [variant for variant in wholes if self.judge(variant.artifact.precision, original, variant)]
+        )
+        if wholes and not whole:
+            best = min(wholes, key=lambda variant: variant.quality.drop or 0.0)
+            whole = self._mixed(best.artifact.precision, best, self.workload, original)
         if whole:
             variants.append(whole)
             self.precision = whole.artifact.precision
@@ -281,7 +295,60 @@ class _Run:
     def _quantized(self, name: str, scheme: str, title: str, workload: Workload, base: Variant) -> Variant | None:
         """``base``, which is in float, in a scheme; None where the gate refuses it."""
         variant = self._artifact(name, title, workload, scheme, {}, base)
-        return variant if self.judge(name, base, variant) else None
+        return variant if self.judge(name, base, variant) else self._mixed(name, variant, workload, base)
+
+    def _mixed(self, name: str, whole: Variant, workload: Workload, base: Variant) -> Variant | None:
+        """``whole``, which is refused, with the fewest operators in float that keep within the drop; None where the
+        gate refuses that too, or the recipe or the scheme knows no such thing. Every number tried is a stage."""
+        scheme, allowed = whole.artifact.precision, self.constraint.max_drop
+        options = self.recipe.quantize
+        if not (options and options.mixed) or scheme not in sensitivity.SCHEMES:
+            return None
+        entry = next(one for one in reversed(self.refused) if one["variant"] == whole.title)
+        if (whole.quality.drop or 0.0) <= allowed or entry["speedup"]["verdict"] != "faster":
+            return None  # it was not refused for its quality alone
+        where: dict[str, Any] = {
+            "target": self.target,
+            "batch": self.recipe.measure.batch,
+            "sequence": self.recipe.measure.sequence,
+        }
+        rounding = cache(lambda: sensitivity.uncorrected(workload, scheme))
+
+        def weigh(_: Path, progress: Progress) -> dict[str, Any]:
+            seed = self.recipe.seed
+            found = mixed.costs(workload, rounding(), base.artifact, **where, seed=seed, progress=progress)
+            return found.to_json()
+
+        try:
+            _, _, result = self.stages.run(
+                f"sensitivity-{name}", {**where, "whole": whole.key, "base": base.key}, weigh
+            )
+        except UnavailableError as error:
+            self.show.say(str(error))
+            return None
+        costs = mixed.Costs.from_json(result)
+        order = costs.order()
+
+        def attempt(in_float: tuple[str, ...]) -> Variant:
+            title = f"{whole.title}, {len(in_float)} of {len(order)} in float"
+            facts = {"whole": whole.key, "in_float": in_float}
+            made = self._artifact(
+                f"mixed-{name}-{len(in_float)}",
+                title,
+                workload,
+                scheme,
+                facts,
+                base,
+                lambda: sensitivity.corrected(workload, rounding(), in_float),
+            )
+            self.show.say(f"{title}: {told(made.quality.metric, made.quality.drop or 0.0)}")
+            return made
+
+        in_float, best = mixed.fewest(order, attempt, whole, allowed)
+        if not self.judge(f"mixed-{name}", base, best):
+            return None
+        self.mixed.append({"variant": best.title, "in_float": list(in_float), **costs.to_json()})
+        return best
 
     def _fastest(self, variants: list[Variant]) -> Variant | None:
         """The fastest of several, measured interleaved; a stage, so that a run that goes on takes the same."""
@@ -479,6 +546,7 @@ class _Run:
             "scores": {"method": scores.method, "values": {k: scores.of(k) for k in structure.kinds}}
             if scores
             else None,
+            "mixed": self.mixed,
             "speed": pruned.speed if pruned else None,
             "trace": pruned.trace if pruned else self.trace,
             "data": {

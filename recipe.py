@@ -100,6 +100,8 @@ SCHEMES = ("int8", "int8-dynamic")
 class Quantize(_Strict):
     scheme: str = "auto"
     """Of the weights and activations; ``auto`` takes the fastest of ``SCHEMES`` that keeps within the drop."""
+    mixed: bool = True
+    """Leave in float the fewest operators that keep within the drop, where all of them quantized lose too much."""
 
     def tried(self) -> tuple[str, ...]:
         return SCHEMES if self.scheme == "auto" else (self.scheme,)

@@ -18,6 +18,7 @@ FILE_STYLE = (
     "svg{background:#fff}.grid{stroke:#e2e4e7}.tick,.title{fill:#60646c;font-size:12px}"
     ".label{fill:#1c2024;font-size:12px}.frontier{fill:none;stroke:#60646c;stroke-dasharray:4 4}"
     ".point{fill:#5b6b8c;fill-opacity:.45;stroke:#5b6b8c}.curve{fill:none;stroke:#5b6b8c}"
+    ".point.chosen{fill:#b45309;stroke:#b45309}"
 )
 """What the pages' style sheet says of the charts that are also files."""
 
@@ -415,6 +416,22 @@ def influence(labels: Sequence[str], values: Sequence[float], tips: Sequence[str
         plane.box(plane.left, row, width, 0.85, tip)
         plane.text(plane.left + width + 8, row, f"{value:.3f}", "start", "label")
     return plane.svg("Block influence")
+
+
+def sensitivity(names: Sequence[str], alone: Sequence[float], without: Sequence[float], whole: float) -> str:
+    """What quantizing costs, a row for each operator: a large dot where it alone is quantized, a small one where all
+    but it are, and a dashed line at all of them. The further the small dot is left of the line, the more is won by
+    leaving the operator in float."""
+    plane = _Rows(["", *names], below=46)
+    rows = len(names) + 1
+    x = _logarithmic(plane, [*alone, *without, whole], rows, "distance from the answers in float")
+    plane.parts.append(f'<path class="frontier" d="M{x(whole):.1f} {ROW}V{rows * ROW}"/>')
+    near = x(whole) > (plane.left + plane.right) / 2
+    plane.text(x(whole), 0, f"all quantized: {whole:.3g}", "end" if near else "start", "label")
+    for row, (name, one, others) in enumerate(zip(names, alone, without, strict=True), 1):
+        plane.dot(x(others), row, "point", 3.5, f"all but {name}: {others:.3g}")
+        plane.dot(x(one), row, "point chosen", 6, f"{name} alone: {one:.3g}")
+    return plane.svg("What quantizing each operator costs")
 
 
 def intervals(

@@ -79,6 +79,8 @@ def _markdown(summary: Row, original: Row, results: Sequence[Row]) -> str:
     lines += [tables.markdown(original, results, summary["chosen"])]
     for title, entries in (("Kept", summary["kept"]), ("Refused", summary["refused"])):
         lines += [f"## {title}", "", *(f"- {e['variant']}: {e['reason']}" for e in entries), ""]
+    for entry in summary.get("mixed", ()):
+        lines += [f"## In float in {entry['variant']}", "", *(f"- {name}" for name in entry["in_float"]), ""]
     lines += ["## Environment", "", *(f"- {key}: {_plain(value)}" for key, value in summary["environment"].items())]
     return "\n".join(lines) + "\n"
 
@@ -93,6 +95,7 @@ def _page(summary: Row, measured: Sequence[Measurement], original: Row, results:
         ("What was removed", _removed(summary)),
         ("What the gate decided", _gate(summary)),
     ]
+    sections += [("What stays in float", _in_float(entry)) for entry in summary.get("mixed", ())]
     if summary["trace"].get("recover"):
         sections.append(("Recovery", _recovery(**summary["trace"])))
     data = summary["data"]
@@ -179,6 +182,17 @@ def _fitted(speed: Row) -> str:
         f"{speed['predicted_speedup']:.2f}x, and {ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}] was "
         f"measured, against the unpruned model in the same precision.</p>"
     )
+
+
+def _in_float(mixed: Row) -> str:
+    """The operators that one variant keeps in float, and what each of all would lose and take."""
+    alone, without, times, kept = mixed["alone"], mixed["without"], mixed["milliseconds"], mixed["in_float"]
+    lines = [[name, f"{alone[name]:.3g}", f"{without[name]:.3g}", f"{times[name]:.3g}"] for name in kept]
+    caption = f"{mixed['variant']}; all quantized lose {mixed['whole']:.3g}"
+    header = ["in float", "it alone quantized loses", "all but it lose", "ms longer in float"]
+    told = note("Losses are distances from the answers in float, on calibration rows: nats of classes and tokens.")
+    chart = charts.sensitivity(list(alone), list(alone.values()), list(without.values()), mixed["whole"])
+    return table(header, lines, name="in-float", caption=caption) + told + chart
 
 
 def _gate(summary: Row) -> str:

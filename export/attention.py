@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 OPSET = 23
 """The first with the operator."""
+LEAST = 18
+"""The first from which on a graph means the same in that one."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,12 @@ class Heads:
 
 
 def fuse(model: ir.Model) -> int:
-    """Put one ``Attention`` in place of each softmax attention over heads; returns how many there were."""
+    """Put one ``Attention`` in place of each softmax attention over heads; returns how many there were.
+
+    A graph in an operator set before ``LEAST`` stays as it is: by some operators that means something else.
+    """
+    if model.opset_imports.get("", OPSET) < LEAST:
+        return 0
     wide: dict[ir.Value, ir.Value] = {}
     fused = sum(_fuse(model.graph, node, wide) for node in list(model.graph) if node.op_type == "Softmax")
     if fused:

@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 
 from ..errors import InputError
 from ..plan import Codes, QuantizationPlan
+from .placement import names
 
 DOMAIN = "com.microsoft"
 ACCURACY_LEVEL = 4
@@ -24,7 +25,7 @@ Bytes = NDArray[np.uint8]
 
 
 def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan) -> None:
-    """Put the plan's codes in the place of the weights of ``graph``, a float graph whose nodes are named after modules.
+    """Put the plan's codes in the place of the weights of ``graph``, which is in float; they name nodes or modules.
 
     Raises InputError where the plan names a module that has no product or table in the graph, or gives no codes for it.
     """
@@ -37,7 +38,7 @@ def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan) -> None:
         )
     nodes, added, done = [], _Constants(), set()
     for node in graph.graph.node:
-        name = node.name.rsplit("/", 1)[0]
+        name = next((name for name in names(node.name) if name in plan.codes), "")
         codes, made = plan.codes.get(name), None
         if codes is not None and node.op_type in {"MatMul", "Gemm"} and node.input[1] in constants | turned:
             made = [_product(node, name, codes, added)]

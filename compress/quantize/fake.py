@@ -1,6 +1,6 @@
 """Fake quantization: a module computes in float what it will compute in integers, rounding and clipping included.
 
-Weights of products are rounded to signed 8 bits with one scale for each output channel, tables with one scale for all;
+Weights of products are rounded to signed 8 bits with one scale for each output channel, tables with one for each row;
 inputs to unsigned 8 bits in the plan's range or, where the scheme is dynamic, in their own. Halves round to even.
 Gradients pass straight through the rounding, and not where a value is clipped.
 
@@ -90,7 +90,7 @@ def grid(span: Span) -> tuple[float, int]:
 def _weight(layer: nn.Module, weight: Tensor, name: str, plan: QuantizationPlan) -> Tensor:
     """``weight``, in the layer's own shape, as the plan stores it."""
     if isinstance(layer, nn.Embedding):
-        return rounded(weight.flatten()[None]).view_as(weight)
+        return rounded(weight)
     turned = isinstance(layer, Conv1D)
     if name in plan.codes:
         found = plan.codes[name].weight().to(weight)

@@ -10,22 +10,26 @@ measured distance in place of curvature.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...errors import ConstraintError
+from ...errors import ConstraintError, UnavailableError, UsageError
 from ...models.data import Batch
 from ...models.workload import Progress, Workload
 from ...plan import QuantizationPlan
 from ..distance import by_class, distance
 from ..score.evidence import BATCH
+from . import bias_correction, int8, int8_dynamic
 from .fake import quantized
 
 T = TypeVar("T")
+
+SCHEMES = ("int8", "int8-dynamic")
+"""Those whose rounding can be tried one operator at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,11 @@ class Sensitivity:
     without: Mapping[str, float]
     """By module, where all but it are quantized."""
 
-    def order(self) -> list[str]:
+    def order(self, milliseconds: Mapping[str, float] | None = None) -> list[str]:
         """The modules, that first which is to be left in float first: by the mean of what it costs alone and of what
-        leaving it in float wins."""
+        leaving it in float wins, for each of the ``milliseconds`` that it then takes longer, where these are known."""
         cost = {name: self.alone[name] + self.whole - self.without[name] for name in self.alone}
-        return sorted(cost, key=lambda name: -cost[name])
+        return sorted(cost, key=lambda name: -cost[name] / (milliseconds[name] if milliseconds else 1.0))
 
 
 class Trials:
@@ -64,6 +68,24 @@ class Trials:
                 total += float(distance(wanted, found, batch, by_class=classes).sum())
                 count += len(batch.rows)
         return total / count
+
+
+def uncorrected(
+    workload: Workload, scheme: str, *, seed: int = 0, progress: Progress | None = None
+) -> QuantizationPlan:
+    """The plan of ``scheme`` to measure: without biases that make up for rounding, see :func:`corrected`.
+
+    Raises UsageError for a scheme that is not in ``SCHEMES``, and UnavailableError for recurrent layers.
+    """
+    if scheme not in SCHEMES:
+        raise UsageError(f"What '{scheme}' costs operator by operator is not known (it is for: {', '.join(SCHEMES)}).")
+    if scheme == "int8":
+        return int8.quantize(workload, correct_bias=False, seed=seed, progress=progress)
+    found = int8_dynamic.quantize(workload)
+    recurrent = [name for name in found.weights if isinstance(workload.module.get_submodule(name), nn.LSTM)]
+    if recurrent:
+        raise UnavailableError(f"What rounding costs cannot be tried yet where a layer is recurrent: '{recurrent[0]}'.")
+    return found
 
 
 def measure(
@@ -96,24 +118,35 @@ def mixed(
     """``plan`` with the fewest operators in float for which the distance is at most ``budget``, in the units of
     :class:`Sensitivity`; of those the most sensitive first.
 
-    The number is found by halving, each guess measured. Raises ConstraintError where even one quantized operator costs
+    Each number that is tried is measured. Raises ConstraintError where even one quantized operator costs
     more. ``plan``'s state must leave the function as it is; biases are corrected afterwards.
     """
     trials, names = Trials(workload, rows=rows, seed=seed), list(plan.weights)
     if trials.distance(plan, names) <= budget:
         return plan
     order = measure(workload, plan, rows=rows, seed=seed, progress=progress).order()
-    low, high = 1, len(names)  # with ``high`` in float it is known, or with all of them certain, to be inside
-    while low < high:
-        middle = (low + high) // 2
-        inside = trials.distance(plan, order[middle:]) <= budget
-        low, high = (low, middle) if inside else (middle + 1, high)
-    if high == len(names):
+    count = fewest(len(names), lambda count: trials.distance(plan, order[count:]) <= budget)
+    if count == len(names):
         raise ConstraintError(
             f"No operator of {workload.name} can be quantized: the distance may be {budget:.3g}, and with "
             f"'{order[-1]}' alone it is {trials.distance(plan, order[-1:]):.3g}."
         )
-    return keeping(plan, order[:high])
+    return keeping(plan, order[:count])
+
+
+def fewest(most: int, inside: Callable[[int], bool]) -> int:
+    """The least of 1 … ``most`` for which ``inside`` holds, as it does for all that are larger and for ``most``.
+
+    Where it does not hold for all larger ones, one that holds while that before it does not. Doubled until it holds,
+    for it mostly is a small one, then halved.
+    """
+    low, high = 1, 1  # all below ``low`` are outside
+    while high < most and not inside(high):
+        low, high = high + 1, min(2 * high, most)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if inside(middle) else (middle + 1, high)
+    return high
 
 
 def keeping(plan: QuantizationPlan, names: Collection[str]) -> QuantizationPlan:
@@ -129,3 +162,13 @@ def keeping(plan: QuantizationPlan, names: Collection[str]) -> QuantizationPlan:
         codes=rest(plan.codes),
         smooth=rest(plan.smooth),
     )
+
+
+def corrected(
+    workload: Workload, plan: QuantizationPlan, in_float: Collection[str] = (), *, seed: int = 0
+) -> QuantizationPlan:
+    """What is written of an :func:`uncorrected` plan: with ``in_float`` left in float, and the biases of the rest."""
+    kept = keeping(plan, in_float)
+    if not kept.activations:
+        return kept
+    return replace(kept, state={**kept.state, **bias_correction.corrected(workload, kept, seed=seed)})

@@ -20,7 +20,7 @@ RepQ-ViT does (Li et al. 2023, arXiv 2212.08254); its shift of the channels' mid
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -142,16 +142,31 @@ def _best(
     layers = [workload.module.get_submodule(name) for name in readers]
     weights = [matrix(layer).detach() for layer in layers]
     centred = [getattr(layer, "bias", None) is not None for layer in layers]
+    pays = 0.0 if tensor.maker else PAYS
+    return best(sample, weights, centred=centred, observe=observe, strengths=strengths, tied=tensor.tied, pays=pays)
+
+
+def best(
+    sample: Sample,
+    weights: Sequence[Tensor],
+    *,
+    centred: Sequence[bool],
+    observe: str,
+    strengths: Sequence[float] = STRENGTHS,
+    tied: Callable[[Tensor], Tensor] = lambda scales: scales,
+    pays: float = PAYS,
+) -> tuple[Tensor, float]:
+    """The scales [in] of least error for a tensor that is read by products with ``weights`` [out, in], and their
+    strength: 0, with scales of 1, where none takes the share ``pays`` of the error away."""
     largest_weight = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
     plain = torch.ones_like(sample.largest)
-    least = output_error(sample.tokens, weights, plain, centred=centred, observe=observe)
-    least = least if tensor.maker else least * (1 - PAYS)
+    least = output_error(sample.tokens, weights, plain, centred=centred, observe=observe) * (1 - pays)
     found = plain, 0.0
     for strength, scales in _tried(sample.largest, largest_weight, strengths):
-        tied = tensor.tied(scales)
-        error = output_error(sample.tokens, weights, tied, centred=centred, observe=observe)
+        common = tied(scales)
+        error = output_error(sample.tokens, weights, common, centred=centred, observe=observe)
         if error < least:
-            least, found = error, (tied, strength)
+            least, found = error, (common, strength)
     return found
 
 

@@ -244,8 +244,7 @@ def _quantize_recurrent(graph: onnx.ModelProto, nodes: Sequence[str], path: Path
     """LSTMs by ONNX Runtime's own tool, which has a kernel for them whose activations are quantized as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    logging.getLogger().addFilter(_unprocessed)
-    try:
+    with without_advice():
         quantize_dynamic(
             graph,
             path,
@@ -254,13 +253,20 @@ def _quantize_recurrent(graph: onnx.ModelProto, nodes: Sequence[str], path: Path
             per_channel=True,
             weight_type=QuantType.QInt8,
         )
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """ONNX Runtime's tool does not advise to pre-process: the graph is folded and shape-inferred already."""
+
+    def unprocessed(record: logging.LogRecord) -> bool:
+        return "pre-process" not in record.getMessage()
+
+    logging.getLogger().addFilter(unprocessed)
+    try:
+        yield
     finally:
-        logging.getLogger().removeFilter(_unprocessed)
-
-
-def _unprocessed(record: logging.LogRecord) -> bool:
-    """Drops the advice to pre-process: the exported graph is folded and shape-inferred already."""
-    return "pre-process" not in record.getMessage()
+        logging.getLogger().removeFilter(unprocessed)
 
 
 @contextmanager

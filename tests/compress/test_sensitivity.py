@@ -10,7 +10,7 @@ import pytest
 import torch
 from edgepress.compress.quantize import int8, sensitivity
 from edgepress.compress.quantize.fake import grid
-from edgepress.errors import ConstraintError
+from edgepress.errors import ConstraintError, UsageError
 from edgepress.models.layers import matrix
 from edgepress.plan import QuantizationPlan
 
@@ -90,3 +90,41 @@ def test_an_outlying_operator_is_the_first_to_stay(with_rows: Callable[..., Any]
     found = sensitivity.measure(workload, spoilt)
     assert found.order()[0] == bad
     assert bad not in sensitivity.mixed(workload, spoilt, 0.5 * found.whole).weights
+
+
+def test_what_is_dear_in_time_is_left_in_float_later() -> None:
+    found = sensitivity.Sensitivity(1.0, {"a": 0.5, "b": 0.4, "c": 0.1}, {"a": 0.5, "b": 0.6, "c": 0.9})
+    assert found.order() == ["a", "b", "c"]
+    assert found.order({"a": 10.0, "b": 1.0, "c": 1.0}) == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize("least", range(1, 12))
+def test_the_fewest_is_found_and_most_is_not_tried(least: int) -> None:
+    tried: list[int] = []
+
+    def inside(count: int) -> bool:
+        tried.append(count)
+        return count >= least
+
+    assert sensitivity.fewest(11, inside) == least
+    assert 11 not in tried
+    assert len(tried) == len(set(tried)) <= 2 * least.bit_length() + 1
+
+
+def test_biases_are_corrected_for_what_is_rounded_alone(with_rows: Callable[..., Any]) -> None:
+    """With nothing in float it is the plan of the scheme; an operator in float has its own bias."""
+    workload = with_rows("vit")
+    plan, whole = sensitivity.uncorrected(workload, "int8"), int8.quantize(workload)
+    found = sensitivity.corrected(workload, plan)
+    assert found == whole
+    assert found.state.keys() == whole.state.keys()
+    assert all(torch.equal(found.state[name], whole.state[name]) for name in whole.state)
+    first = next(name for name in plan.weights if f"{name}.bias" in found.state)
+    mixed = sensitivity.corrected(workload, plan, [first])
+    assert first not in mixed.weights
+    assert mixed.state.get(f"{first}.bias") is plan.state.get(f"{first}.bias")
+
+
+def test_what_cannot_be_tried_is_refused(with_rows: Callable[..., Any]) -> None:
+    with pytest.raises(UsageError, match="'int4' costs operator by operator is not known"):
+        sensitivity.uncorrected(with_rows("vit"), "int4")
