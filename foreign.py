@@ -245,7 +245,7 @@ def _made_up(session: Any, model: ir.Model) -> Feeds:
         if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[1] is not None:
             table = ir.convenience.get_const_tensor(node.inputs[0])
             if table is not None:
-                below[node.inputs[1].name] = table.shape[0]
+                below[node.inputs[1].name] = table.numpy().shape[0]
     feeds: Feeds = {}
     for one in session.get_inputs():
         dtype = np.dtype(TYPES.get(one.type.removeprefix("tensor(").removesuffix(")"), np.float32))
@@ -292,7 +292,8 @@ def _plan(model: ir.Model, scheme: str, source: Path, feeds: Sequence[Feeds], te
     if scheme == "int8-dynamic":
         return QuantizationPlan(scheme, weights)
     if scheme == "int8-weight":
-        tables = {n.name or "": ir.convenience.get_const_tensor(n.inputs[0]) for n in model.graph if _is_table(n)}
+        looked_up = {n.name or "": n.inputs[0] for n in model.graph if _is_table(n)}
+        tables = {name: ir.convenience.get_const_tensor(one) for name, one in looked_up.items() if one is not None}
         matrices = {one.name: one.weight.T for one in products}
         matrices |= {name: table.numpy() for name, table in tables.items() if table is not None}
         codes = {
@@ -307,9 +308,9 @@ def _plan(model: ir.Model, scheme: str, source: Path, feeds: Sequence[Feeds], te
     seen = _calibrated(model, list(by_input), feeds, tell)
     for done, (name, siblings) in enumerate(by_input.items()):
         tell(done, len(by_input), "tensors smoothed")
-        matrices = [torch.from_numpy(np.array(one.weight.T)) for one in siblings]
+        weights_of = [torch.from_numpy(np.array(one.weight.T)) for one in siblings]
         centred = [False] * len(siblings)
-        scales, strength = best(seen[name].sample, matrices, centred=centred, observe="minmax")
+        scales, strength = best(seen[name].sample, weights_of, centred=centred, observe="minmax")
         for product in siblings:
             spans[product.name] = seen[name].span(scales.numpy())
             if strength:
@@ -362,17 +363,21 @@ def _convolutional(graph: onnx.ModelProto, feeds: Sequence[Feeds], path: Path) -
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
     onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    with without_advice():
-        quantize_static(
-            folded,
-            path,
-            Rows(),
-            op_types_to_quantize=["Conv", "Gemm", "MatMul", *BETWEEN],
-            per_channel=True,
-            reduce_range=not flags & {"avx512_vnni", "avx_vnni", "asimddp"},
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+    try:
+        with without_advice():
+            quantize_static(
+                folded,
+                path,
+                Rows(),
+                op_types_to_quantize=["Conv", "Gemm", "MatMul", *BETWEEN],
+                per_channel=True,
+                reduce_range=not flags & {"avx512_vnni", "avx_vnni", "asimddp"},
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:  # what the tool raises by itself
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"ONNX Runtime's quantizer cannot take this graph with its convolutions: {said}") from error
 
 
 # ---- comparing
