@@ -28,6 +28,7 @@ from .compress.quantize.smoothquant import Sample, best
 from .errors import InputError, UsageError
 from .export import attention, nbits, placement
 from .export.backends.onnx import quantize_graph, without_advice
+from .export.parity import ParityError
 from .export.placement import Product
 from .files import write_bytes
 from .models.workload import Progress
@@ -37,6 +38,10 @@ SCHEMES = ("int8", "int8-dynamic", "int8-weight")
 SMALL = 1 << 10
 """Products with fewer weights stay in float: nothing is gained by them."""
 BATCH, LENGTH, MOST_ROWS = 8, 16, 256
+LEAST_COSINE = 0.9
+"""Of an output with that in float: below it the file is broken, as in :mod:`.export.parity`."""
+BETWEEN = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat")
+"""What is in 8 bits beside products where convolutions are, so that those hand on what they have in 8 bits."""
 TOKENS = 512
 """Sampled of each tensor for the strength of its smoothing."""
 
@@ -75,7 +80,8 @@ def quantize(
     """Write the ONNX file ``source`` to ``out`` in one of ``SCHEMES``, and compare the two.
 
     ``data`` is an ``.npz`` with an array for each input, a row along its first axis; ``int8`` calibrates on it. Raises
-    UsageError for what does not go together, InputError for files that cannot be used, and writes nothing then.
+    UsageError for what does not go together, InputError for files that cannot be used and ParityError where an output
+    becomes another, and writes nothing then.
     """
     if scheme not in SCHEMES:
         raise UsageError(f"An .onnx file cannot be quantized to '{scheme}' (it can: {', '.join(SCHEMES)}).")
@@ -114,6 +120,7 @@ def quantize(
     tell(0, 0, "comparing")
     compared = feeds or [_made_up(session, model)]
     parity = _agreement(session, made, compared)
+    _check(parity, scheme, source)
     write_bytes(out, content)
     return Quantized(
         out,
@@ -238,7 +245,7 @@ def _made_up(session: Any, model: ir.Model) -> Feeds:
         if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[1] is not None:
             table = ir.convenience.get_const_tensor(node.inputs[0])
             if table is not None:
-                below[node.inputs[1].name] = table.shape[0]
+                below[node.inputs[1].name] = table.numpy().shape[0]
     feeds: Feeds = {}
     for one in session.get_inputs():
         dtype = np.dtype(TYPES.get(one.type.removeprefix("tensor(").removesuffix(")"), np.float32))
@@ -285,7 +292,8 @@ def _plan(model: ir.Model, scheme: str, source: Path, feeds: Sequence[Feeds], te
     if scheme == "int8-dynamic":
         return QuantizationPlan(scheme, weights)
     if scheme == "int8-weight":
-        tables = {n.name or "": ir.convenience.get_const_tensor(n.inputs[0]) for n in model.graph if _is_table(n)}
+        looked_up = {n.name or "": n.inputs[0] for n in model.graph if _is_table(n)}
+        tables = {name: ir.convenience.get_const_tensor(one) for name, one in looked_up.items() if one is not None}
         matrices = {one.name: one.weight.T for one in products}
         matrices |= {name: table.numpy() for name, table in tables.items() if table is not None}
         codes = {
@@ -300,9 +308,9 @@ def _plan(model: ir.Model, scheme: str, source: Path, feeds: Sequence[Feeds], te
     seen = _calibrated(model, list(by_input), feeds, tell)
     for done, (name, siblings) in enumerate(by_input.items()):
         tell(done, len(by_input), "tensors smoothed")
-        matrices = [torch.from_numpy(np.array(one.weight.T)) for one in siblings]
+        weights_of = [torch.from_numpy(np.array(one.weight.T)) for one in siblings]
         centred = [False] * len(siblings)
-        scales, strength = best(seen[name].sample, matrices, centred=centred, observe="minmax")
+        scales, strength = best(seen[name].sample, weights_of, centred=centred, observe="minmax")
         for product in siblings:
             spans[product.name] = seen[name].span(scales.numpy())
             if strength:
@@ -349,19 +357,40 @@ def _convolutional(graph: onnx.ModelProto, feeds: Sequence[Feeds], path: Path) -
             return next(self.left, None)
 
     flags = set(fingerprint(1)["flags"])
-    with without_advice():
-        quantize_static(
-            graph,
-            path,
-            Rows(),
-            per_channel=True,
-            reduce_range=not flags & {"avx512_vnni", "avx_vnni", "asimddp"},
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+    folded = path.with_name("folded.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folded)  # normalisations become part of convolutions
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        with without_advice():
+            quantize_static(
+                folded,
+                path,
+                Rows(),
+                op_types_to_quantize=["Conv", "Gemm", "MatMul", *BETWEEN],
+                per_channel=True,
+                reduce_range=not flags & {"avx512_vnni", "avx_vnni", "asimddp"},
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:  # what the tool raises by itself
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"ONNX Runtime's quantizer cannot take this graph with its convolutions: {said}") from error
 
 
 # ---- comparing
+
+
+def _check(parity: Mapping[str, Agreement], scheme: str, source: Path) -> None:
+    """Raises ParityError where an output has become another."""
+    for name, one in parity.items():
+        if one.cosine < LEAST_COSINE:
+            raise ParityError(
+                f"In {scheme} the output '{name}' of {source} has a cosine of {one.cosine:.3f} with that in float; at "
+                f"least {LEAST_COSINE:g} is wanted, so nothing was written."
+            )
 
 
 def _agreement(original: Any, made: Any, feeds: Sequence[Feeds]) -> dict[str, Agreement]:

@@ -84,7 +84,7 @@ def costs(
     """The costs of the operators that ``plan`` quantizes, which is :func:`.sensitivity.uncorrected`; ``original`` is
     the float artifact of ``workload``."""
     losses = sensitivity.measure(workload, plan, seed=seed, progress=progress)
-    where = {"target": target, "batch": batch, "sequence": sequence}
+    where: dict[str, Any] = {"target": target, "batch": batch, "sequence": sequence}
     return Costs(losses, milliseconds(workload, plan, original, **where, progress=progress))
 
 
