@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each contender at each shape, at most")
+    parser.add_argument("--no-ort-tools", action="store_true", help="leave out what ONNX Runtime's tools make")
     parser.add_argument("--also", metavar="NAME=FOLDER", action="append", default=[], help="an artifact, measured too")
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--table", type=Path, help="print the Markdown of this result, and measure nothing")
@@ -298,9 +299,10 @@ def main() -> None:
                 Contender(name, "onnx", artifact.model_file, artifact.manifest.session.disabled_optimizers)
             )
             inners.append(penultimate(onnx.load(artifact.model_file)))
-        peers = list(of_onnxruntime(workload, folder, options.rows))
-        inners += [penultimate(onnx.load(folder / "traced" / "model.onnx"))] * len(peers)
-        contenders += peers
+        if not options.no_ort_tools:
+            peers = list(of_onnxruntime(workload, folder, options.rows))
+            inners += [penultimate(onnx.load(folder / "traced" / "model.onnx"))] * len(peers)
+            contenders += peers
         kept = quality(workload, contenders, inners)
         for contender, figures in zip(contenders, kept, strict=True):
             document["contenders"].append({"name": contender.name, "size_bytes": contender.size_bytes, **figures})

@@ -332,7 +332,7 @@ ep.recover(half, whole, checkpoint=folder / "state", **{OPTIONS})
 """
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_what_two_processes_held_parts_of_goes_on_in_one(
     rank: int, workload: Any, pruned: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
 ) -> None:
