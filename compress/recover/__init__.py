@@ -7,8 +7,10 @@ Cost    One forward pass of the original and one training step of the pruned mod
 Source  Hinton et al. 2015 (arXiv 1503.02531); last-layer features as in Sanh et al. 2019 (arXiv 1910.01108) and
         Minitron (arXiv 2407.14679), each term relative to the size of its own target so that none needs a weight
 
-The same call trains in one process, or in each of those that ``torchrun`` starts: they share each batch out among them,
-each with the whole model, and the first one alone writes.
+The same call trains in one process, or in each of those that ``torchrun`` or ``accelerate launch`` starts: they share
+each batch out among them, and the first one alone writes. Each has the whole model, or with ``accelerate launch
+--use_fsdp``, which sets ACCELERATE_USE_FSDP, a shard of the student's parameters, gradients and optimizer state (FSDP2,
+the blocks and the rest as groups), and the original whole.
 """
 
 from __future__ import annotations
@@ -91,9 +93,11 @@ def recover(
         "rank": rank,
         "precision": precision,
     }
-    accelerator = _accelerator()
+    accelerator, sharded = _accelerator()
+    if sharded and set(losses) == {"relations"}:
+        raise UnavailableError("The loss 'relations' alone leaves out what a shard is gathered for; add 'hidden' to it.")
     student = copy_of(pruned, PruningPlan())
-    with _at_work(accelerator.device, original, student):
+    with _at_work(accelerator.device, original, *([] if sharded else [student])):
         weights = _trained(student.module, rank, seed)
         training = Training(
             accelerator,
@@ -104,10 +108,16 @@ def recover(
             options=options,
             mixed=_mixed(accelerator.device, precision),
             run=_digest(pruned, original, facts),
+            sharded=sharded,
         )
         training.go_on(checkpoint)
         training.train(checkpoint, progress)
-        accelerator.unwrap_model(training.wrapped.module, keep_fp32_wrapper=False)  # a launcher may ask for autocast
+        if sharded:
+            student = copy_of(pruned, PruningPlan())
+            weights = _trained(student.module, rank, seed)
+            training.give(weights)
+        else:  # a launcher may ask for autocast
+            accelerator.unwrap_model(training.wrapped.module, keep_fp32_wrapper=False)
         if rank:
             lora.merge(student.module)
     for parameter in student.module.parameters():
@@ -115,15 +125,20 @@ def recover(
     return Recovered(student, tuple(training.trace), training.flow.layers)
 
 
-def _accelerator() -> Accelerator:
-    """What knows the device and the other processes; UnavailableError where they do not each hold the whole model."""
+def _accelerator() -> tuple[Accelerator, bool]:
+    """What knows the device and the other processes, and whether they shard the student.
+
+    accelerate's own FSDP is for GPUs alone, so that its switch is read here and the rest is up to loop.py. Raises
+    UnavailableError for other ways to share a model out."""
     from accelerate import Accelerator, DistributedType
+    from accelerate.utils import parse_flag_from_env
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # said, or CPU processes would not meet
-    if accelerator.distributed_type not in {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}:
-        kind = accelerator.distributed_type.value
-        raise UnavailableError(f"Recovery shares rows out among processes, and not the model's parts as {kind} does.")
-    return accelerator
+    kind = accelerator.distributed_type
+    whole = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if kind not in whole | {DistributedType.FSDP}:
+        raise UnavailableError(f"Recovery shares rows out among processes, or the model by FSDP, and not as {kind.value}.")
+    return accelerator, kind != DistributedType.NO and bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def _trained(module: nn.Module, rank: int, seed: int) -> dict[str, nn.Parameter]:

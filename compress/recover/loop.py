@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from ...models.data import Batch, Rows
 from ...models.workload import Progress, Workload
@@ -45,7 +48,8 @@ class Options:
 class Training:
     """A run: ``student`` is trained in place, and ``trace`` and ``flow`` tell how it went.
 
-    ``weights`` are the parameters to train, by name; ``run`` is the digest of all that the run depends on.
+    ``weights`` are the parameters to train, by name; ``run`` is the digest of all that the run depends on. With
+    ``sharded`` every process holds a part of the student's parameters, gradients and optimizer state, else all of them.
     """
 
     def __init__(
@@ -59,16 +63,20 @@ class Training:
         options: Options,
         mixed: AbstractContextManager[Any],
         run: str,
+        sharded: bool,
     ) -> None:
         self.accelerator, self.student, self.original, self.options = accelerator, student, original, options
         self.objective, self.mixed, self.run = objective, mixed, run
         self.rows, self.held = original.data.train, None
         if options.evaluate_every:
             self.rows, self.held = hold_out(original)
-        if accelerator.num_processes > 1:
+        if sharded:
+            _shard(student, accelerator.device, accelerator.num_processes)
+            weights = {name: student.module.get_parameter(name) for name in weights}
+        elif accelerator.num_processes > 1:
             weights = self._reached(weights)
-        self.weights = dict(weights)
-        self.wrapped = replace(student, module=accelerator.prepare(student.module))
+        self.weights, self.sharded = dict(weights), sharded
+        self.wrapped = student if sharded else replace(student, module=accelerator.prepare(student.module))
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=options.lr, weight_decay=0.01)
         self.layers = _by_layer(student, self.weights)
         self.flow = Flow(tuple(self.layers))
@@ -148,7 +156,8 @@ class Training:
 
     def _norms(self) -> list[float]:
         norms = [
-            nn.utils.get_total_norm([p.grad for p in layer if p.grad is not None]) for layer in self.layers.values()
+            _whole(nn.utils.get_total_norm([p.grad for p in layer if p.grad is not None]))
+            for layer in self.layers.values()
         ]
         return [float(norm) for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
 
@@ -202,9 +211,8 @@ class Training:
         if self.flow.first is None:
             raise DivergedError("Recovery could not take a single step: no batch had a finite loss.")
         if self.best_weights:
-            with torch.no_grad():
-                for name, weight in self.weights.items():
-                    weight.copy_(self.best_weights[name])
+            for name, weight in self.weights.items():
+                state.local(weight).copy_(self.best_weights[name])
         elif self.start is not None and math.isfinite(self.start) and not self._standing() <= self.start:
             self._lay_back(self.kept)
             done = {"step": self.step, "kind": "worse than at first", "where": "the loss", "done": "went back"}
@@ -250,12 +258,37 @@ class Training:
 
     def _keep(self, path: Path | None) -> None:
         self.kept = self._state()
-        if path and self.accelerator.is_main_process:
-            state.write(self.kept, path)
+        if not path:
+            return
+        main = self.accelerator.is_main_process
+        tensors = {n: tensor for n, tensor in state.whole(self.kept.tensors, self.weights) if main}
+        if main:
+            state.write(State(tensors, self.kept.facts), path)
+
+    def give(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Copy what was trained, put together where it is sharded, to ``weights`` of the same names."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weights[name].copy_(_whole(weight))
 
     def _lay_back(self, kept: State) -> None:
         self.updates = kept.facts["updates"]
         state.lay_back(kept.tensors, self.weights, self.optimizer, self.updates)
+
+
+def _shard(student: Workload, device: torch.device, processes: int) -> None:
+    """Leave this process its share of every parameter of ``student``, on ``device``; a block's are gathered while it
+    runs."""
+    mesh = init_device_mesh(device.type, (processes,))
+    for stack in student.structure.stacks:
+        for place in range(stack.count):
+            fully_shard(student.module.get_submodule(f"{stack.path}.{place}"), mesh=mesh)
+    fully_shard(student.module, mesh=mesh)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or all of it where processes hold parts."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _finite(value: float) -> float | None:

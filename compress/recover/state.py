@@ -2,12 +2,14 @@
 
 On disk it is one safetensors file: the trained weights and the optimizer's moments, and as JSON in its header the step,
 which is also the place in the rows, what the monitor knows, and the trace. It is replaced in one step.
+
+Of sharded weights every process keeps its own shards in memory; on disk they are whole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...errors import InputError, UsageError
 from ...models.checkpoint import read_tensors
@@ -25,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class State:
-    """``tensors`` on the CPU: ``weight.NAME``, and the moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; ``facts``
+    """``tensors`` on the CPU, :func:`local` ones: ``weight.NAME``, and the moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; ``facts``
     are plain data."""
 
     tensors: dict[str, Tensor]
@@ -41,8 +44,31 @@ def taken(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer)
     return found
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of ``tensor``, to be read and written: its shard, or all of it."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return local(tensor).to("cpu", copy=True).contiguous()
+
+
+def whole(tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """``tensors`` of a state, put together from the shards of all processes, which have to walk along."""
+    for name, tensor in tensors.items():
+        like = torch.empty_like(weights[name.partition(".")[2]])
+        local(like).copy_(tensor)
+        yield name, like.full_tensor().cpu() if isinstance(like, DTensor) else tensor
+
+
+def shards(tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """The inverse of :func:`whole`."""
+    for name, tensor in tensors.items():
+        like = weights.get(name.partition(".")[2])
+        if isinstance(like, DTensor):
+            yield name, copied(distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None))
+        else:
+            yield name, tensor
 
 
 def lay_back(
@@ -50,12 +76,13 @@ def lay_back(
 ) -> None:
     """Lay back what :func:`taken` took, after ``updates`` steps of the optimizer."""
     optimizer.state.clear()
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(tensors[f"weight.{name}"])
-            if f"{MOMENTS[0]}.{name}" in tensors:
-                moments = {moment: tensors[f"{moment}.{name}"].to(weight, copy=True) for moment in MOMENTS}
-                optimizer.state[weight] = {"step": torch.tensor(float(updates)), **moments}
+    for name, weight in weights.items():
+        local(weight).copy_(tensors[f"weight.{name}"])
+        if f"{MOMENTS[0]}.{name}" in tensors:
+            moments = {moment: torch.empty_like(weight, requires_grad=False) for moment in MOMENTS}
+            for moment, tensor in moments.items():
+                local(tensor).copy_(tensors[f"{moment}.{name}"])
+            optimizer.state[weight] = {"step": torch.tensor(float(updates)), **moments}
 
 
 def write(state: State, path: Path) -> None:
@@ -91,4 +118,4 @@ def read(path: Path, run: str, weights: Mapping[str, nn.Parameter]) -> State | N
     for name, weight in weights.items():
         if f"weight.{name}" not in tensors or tensors[f"weight.{name}"].shape != weight.shape:
             raise InputError(f"{path} has no tensor 'weight.{name}' of shape {list(weight.shape)}.")
-    return State(tensors, facts)
+    return State(dict(shards(tensors, weights)), facts)
