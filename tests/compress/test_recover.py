@@ -281,15 +281,20 @@ def test_a_state_resumes_after_trouble(net: tuple[Any, Any], tmp_path: Path) -> 
 # ---- several processes
 
 
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2")
+FSDP = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2")
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, FSDP], ids=["whole", "sharded"])
 def test_two_processes_train_as_one_and_one_of_them_writes(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
+    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     rows = tmp_path / "few.csv"
     rows.write_text("".join(reviews_csv.read_text().splitlines(keepends=True)[:400]))
     job = ["prune", model_folder, "--data", rows, *COLUMNS, "--method", "magnitude", "--recover", "distill"]
     job += ["--ratio", "head=0.5,ffn=0.8,block=0.34", "--steps", "12", "--lr", "1e-3", "--json", "-o"]
     alone = edgepress(*job, tmp_path / "alone")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "edgepress"]
+    launch = [sys.executable, "-m", *launcher, "-m", "edgepress"]
     command = [*launch, *map(str, job), str(tmp_path / "both")]
     both = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (alone.returncode, both.returncode) == (0, 0), alone.stderr + both.stderr
@@ -298,12 +303,73 @@ def test_two_processes_train_as_one_and_one_of_them_writes(
     assert ours["quality"]["value"] == pytest.approx(theirs["quality"]["value"], abs=0.5)
     first, second = (read_tensors(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
     assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        if not name.endswith("key.bias"):  # its gradient is nothing but rounding, which Adam makes whole steps of
-            torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-4, msg=name)
+    _assert_close(second, first)
     assert any(not torch.equal(second[name], tensor) for name, tensor in first.items()), "added up in another order"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "both", "few.csv"]
     assert both.stderr.count("distill …") == 1, "one process prints"
+
+
+SHARDED = """
+import os, sys, torch, edgepress as ep
+from pathlib import Path
+from edgepress.compress.recover import recover
+from edgepress.models import checkpoint
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+model, rows, folder, stop = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+whole = ep.load(model, rows, columns={"text": "review", "label": "stars"}, max_length=64)
+half = checkpoint.read(folder / "half", whole.data)
+
+def held(optimizer, *_):
+    parts = [t.to_local() for t in optimizer.param_groups[0]["params"]]
+    parts += [state["exp_avg"].to_local() for state in optimizer.state.values()]
+    (folder / f"held{os.environ['RANK']}").write_text(str(sum(part.numel() for part in parts)))
+
+def progress(done, *_):
+    with (folder / "steps").open("a") as file:
+        print(done, file=file)
+    if done == stop:
+        os._exit(9)
+
+register_optimizer_step_post_hook(held)
+full = recover(half, whole, checkpoint=folder / "state", progress=progress, **{OPTIONS})
+adapted = recover(half, whole, rank=3, steps=5, batch=15, lr=5e-3)
+if os.environ["RANK"] == "1":  # every process has all of the result
+    for name, recovered in (("full", full), ("adapted", adapted)):
+        checkpoint.save(recovered.workload, folder / name)
+"""
+
+
+def test_sharded_training_goes_on_after_it_was_killed(
+    workload: Any, pruned: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    from edgepress.models import checkpoint
+
+    checkpoint.save(pruned, tmp_path / "half")
+    options = {"steps": 40, "batch": 15, "lr": 1e-3, "evaluate_every": 15}
+    code = SHARDED.replace("{OPTIONS}", repr(options))
+    script = tmp_path / "script.py"
+    script.write_text(code)
+
+    def run(stop: int) -> Any:
+        command = [sys.executable, "-m", *FSDP, script, model_folder, reviews_csv, tmp_path, str(stop)]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
+
+    assert run(35).returncode != 0
+    after = run(0)
+    assert after.returncode == 0, after.stderr
+    steps = (tmp_path / "steps").read_text().split()
+    assert steps == [str(step) for step in (*range(1, 36), *range(21, 41))], "it went on from where it was"
+    alone = recover(pruned, workload, **options)
+    _assert_close(read_tensors(tmp_path / "full" / "model.safetensors"), alone.workload.module.state_dict())
+    adapted = recover(pruned, workload, rank=3, steps=5, batch=15, lr=5e-3)
+    _assert_close(read_tensors(tmp_path / "adapted" / "model.safetensors"), adapted.workload.module.state_dict())
+
+
+def _assert_close(found: Any, wanted: Any) -> None:
+    for name, tensor in found.items():
+        if not name.endswith("key.bias"):  # its gradient is nothing but rounding, which Adam makes whole steps of
+            torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-4, msg=name)
 
 
 # ---- adapters, precision, held-out rows, rounds
