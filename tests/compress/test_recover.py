@@ -331,8 +331,9 @@ def progress(done, *_):
     if done == stop:
         os._exit(9)
 
-register_optimizer_step_post_hook(held)
+watch = register_optimizer_step_post_hook(held)
 full = recover(half, whole, checkpoint=folder / "state", progress=progress, **{OPTIONS})
+watch.remove()
 adapted = recover(half, whole, rank=3, steps=5, batch=15, lr=5e-3)
 if os.environ["RANK"] == "1":  # every process has all of the result
     for name, recovered in (("full", full), ("adapted", adapted)):
@@ -360,6 +361,10 @@ def test_sharded_training_goes_on_after_it_was_killed(
     assert after.returncode == 0, after.stderr
     steps = (tmp_path / "steps").read_text().split()
     assert steps == [str(step) for step in (*range(1, 36), *range(21, 41))], "it went on from where it was"
+    parts = [int((tmp_path / f"held{rank}").read_text()) for rank in range(2)]
+    tables = sum(p.numel() for name, p in pruned.module.named_parameters() if "embeddings." in name and p.dim() == 2)
+    assert sum(parts) == 2 * (pruned.params - tables), "weights and their momenta"
+    assert max(parts) < 0.51 * sum(parts), "each holds a half"
     alone = recover(pruned, workload, **options)
     _assert_close(read_tensors(tmp_path / "full" / "model.safetensors"), alone.workload.module.state_dict())
     adapted = recover(pruned, workload, rank=3, steps=5, batch=15, lr=5e-3)
