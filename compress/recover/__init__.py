@@ -95,7 +95,8 @@ def recover(
     }
     accelerator, sharded = _accelerator()
     if sharded and set(losses) == {"relations"}:
-        raise UnavailableError("The loss 'relations' alone leaves out what a shard is gathered for; add 'hidden' to it.")
+        # gradients would start within a block, whose weights are gathered again when they reach its output
+        raise UnavailableError("FSDP cannot train by the loss 'relations' alone; add 'hidden' to it.")
     student = copy_of(pruned, PruningPlan())
     with _at_work(accelerator.device, original, *([] if sharded else [student])):
         weights = _trained(student.module, rank, seed)
@@ -128,8 +129,9 @@ def recover(
 def _accelerator() -> tuple[Accelerator, bool]:
     """What knows the device and the other processes, and whether they shard the student.
 
-    accelerate's own FSDP is for GPUs alone, so that its switch is read here and the rest is up to loop.py. Raises
-    UnavailableError for other ways to share a model out."""
+    accelerate itself shards on GPUs alone, by what it guesses to be blocks: its switch is read, loop.py does the rest.
+    Raises UnavailableError for other ways to share a model out.
+    """
     from accelerate import Accelerator, DistributedType
     from accelerate.utils import parse_flag_from_env
 
@@ -137,7 +139,7 @@ def _accelerator() -> tuple[Accelerator, bool]:
     kind = accelerator.distributed_type
     whole = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if kind not in whole | {DistributedType.FSDP}:
-        raise UnavailableError(f"Recovery shares rows out among processes, or the model by FSDP, and not as {kind.value}.")
+        raise UnavailableError(f"Recovery shares rows out among processes, or the model by FSDP, not by {kind.value}.")
     return accelerator, kind != DistributedType.NO and bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
+from ...errors import UnavailableError
 from ...models.data import Batch, Rows
 from ...models.workload import Progress, Workload
 from . import state
@@ -75,7 +75,7 @@ class Training:
             weights = {name: student.module.get_parameter(name) for name in weights}
         elif accelerator.num_processes > 1:
             weights = self._reached(weights)
-        self.weights, self.sharded = dict(weights), sharded
+        self.weights = dict(weights)
         self.wrapped = student if sharded else replace(student, module=accelerator.prepare(student.module))
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=options.lr, weight_decay=0.01)
         self.layers = _by_layer(student, self.weights)
@@ -156,7 +156,7 @@ class Training:
 
     def _norms(self) -> list[float]:
         norms = [
-            _whole(nn.utils.get_total_norm([p.grad for p in layer if p.grad is not None]))
+            state.gathered(nn.utils.get_total_norm([p.grad for p in layer if p.grad is not None]))
             for layer in self.layers.values()
         ]
         return [float(norm) for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
@@ -260,16 +260,16 @@ class Training:
         self.kept = self._state()
         if not path:
             return
-        main = self.accelerator.is_main_process
-        tensors = {n: tensor for n, tensor in state.whole(self.kept.tensors, self.weights) if main}
-        if main:
+        first = self.accelerator.is_main_process
+        tensors = {name: tensor for name, tensor in state.whole(self.kept.tensors, self.weights) if first}
+        if first:
             state.write(State(tensors, self.kept.facts), path)
 
     def give(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Copy what was trained, put together where it is sharded, to ``weights`` of the same names."""
         with torch.no_grad():
             for name, weight in self.weights.items():
-                weights[name].copy_(_whole(weight))
+                weights[name].copy_(state.gathered(weight))
 
     def _lay_back(self, kept: State) -> None:
         self.updates = kept.facts["updates"]
@@ -278,17 +278,15 @@ class Training:
 
 def _shard(student: Workload, device: torch.device, processes: int) -> None:
     """Leave this process its share of every parameter of ``student``, on ``device``; a block's are gathered while it
-    runs."""
+    runs. Raises UnavailableError for a parameter that cannot be cut."""
+    for name, parameter in student.module.named_parameters():
+        if not parameter.dim():
+            raise UnavailableError(f"FSDP cannot shard '{name}', which is a single number; train without --use_fsdp.")
     mesh = init_device_mesh(device.type, (processes,))
     for stack in student.structure.stacks:
         for place in range(stack.count):
             fully_shard(student.module.get_submodule(f"{stack.path}.{place}"), mesh=mesh)
     fully_shard(student.module, mesh=mesh)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """``tensor`` itself, or all of it where processes hold parts."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _finite(value: float) -> float | None:

@@ -28,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class State:
-    """``tensors`` on the CPU, :func:`local` ones: ``weight.NAME``, and the moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; ``facts``
+    """``tensors`` on the CPU: ``weight.NAME``, and the moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; ``facts``
     are plain data."""
 
     tensors: dict[str, Tensor]
@@ -46,29 +46,47 @@ def taken(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer)
 
 def local(tensor: Tensor) -> Tensor:
     """What this process has of ``tensor``, to be read and written: its shard, or all of it."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copied(tensor: Tensor) -> Tensor:
     return local(tensor).to("cpu", copy=True).contiguous()
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, of which processes may hold parts."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(tensor: Tensor, weight: Tensor) -> Tensor:
+    """A new tensor like ``weight`` of which this process has ``tensor``: the inverse of :func:`copied`."""
+    found = torch.empty_like(weight, requires_grad=False)
+    local(found).copy_(tensor)
+    return found
+
+
 def whole(tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-    """``tensors`` of a state, put together from the shards of all processes, which have to walk along."""
+    """``tensors`` of a state, put together from the shards of all processes, each of which has to walk through."""
     for name, tensor in tensors.items():
-        like = torch.empty_like(weights[name.partition(".")[2]])
-        local(like).copy_(tensor)
-        yield name, like.full_tensor().cpu() if isinstance(like, DTensor) else tensor
+        weight = _owner(name, weights)
+        yield name, gathered(placed(tensor, weight)).cpu() if isinstance(weight, DTensor) else tensor
 
 
 def shards(tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of :func:`whole`."""
+    """The inverse of :func:`whole`, for each process by itself."""
     for name, tensor in tensors.items():
-        like = weights.get(name.partition(".")[2])
-        if isinstance(like, DTensor):
-            yield name, copied(distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None))
+        weight = _owner(name, weights)
+        if isinstance(weight, DTensor):
+            cut = distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
+            yield name, copied(cut)
         else:
             yield name, tensor
+
+
+def _owner(name: str, weights: Mapping[str, nn.Parameter]) -> Tensor | None:
+    """The weight that a tensor of a state belongs to."""
+    return weights.get(name.partition(".")[2])
 
 
 def lay_back(
@@ -79,9 +97,7 @@ def lay_back(
     for name, weight in weights.items():
         local(weight).copy_(tensors[f"weight.{name}"])
         if f"{MOMENTS[0]}.{name}" in tensors:
-            moments = {moment: torch.empty_like(weight, requires_grad=False) for moment in MOMENTS}
-            for moment, tensor in moments.items():
-                local(tensor).copy_(tensors[f"{moment}.{name}"])
+            moments = {moment: placed(tensors[f"{moment}.{name}"], weight) for moment in MOMENTS}
             optimizer.state[weight] = {"step": torch.tensor(float(updates)), **moments}
 
 

@@ -348,9 +348,8 @@ def test_sharded_training_goes_on_after_it_was_killed(
 
     checkpoint.save(pruned, tmp_path / "half")
     options = {"steps": 40, "batch": 15, "lr": 1e-3, "evaluate_every": 15}
-    code = SHARDED.replace("{OPTIONS}", repr(options))
     script = tmp_path / "script.py"
-    script.write_text(code)
+    script.write_text(SHARDED.replace("{OPTIONS}", repr(options)))
 
     def run(stop: int) -> Any:
         command = [sys.executable, "-m", *FSDP, script, model_folder, reviews_csv, tmp_path, str(stop)]
