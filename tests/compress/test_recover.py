@@ -313,6 +313,7 @@ SHARDED = """
 import os, sys, torch, edgepress as ep
 from pathlib import Path
 from edgepress.compress.recover import recover
+from edgepress.errors import UnavailableError
 from edgepress.models import checkpoint
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -335,6 +336,10 @@ watch = register_optimizer_step_post_hook(held)
 full = recover(half, whole, checkpoint=folder / "state", progress=progress, **{OPTIONS})
 watch.remove()
 adapted = recover(half, whole, rank=3, steps=5, batch=15, lr=5e-3)
+try:
+    recover(half, whole, losses=("relations",))
+except UnavailableError as error:
+    (folder / "refused").write_text(str(error))
 if os.environ["RANK"] == "1":  # every process has all of the result
     for name, recovered in (("full", full), ("adapted", adapted)):
         checkpoint.save(recovered.workload, folder / name)
@@ -360,6 +365,7 @@ def test_sharded_training_goes_on_after_it_was_killed(
     assert after.returncode == 0, after.stderr
     steps = (tmp_path / "steps").read_text().split()
     assert steps == [str(step) for step in (*range(1, 36), *range(21, 41))], "it went on from where it was"
+    assert "'relations' alone" in (tmp_path / "refused").read_text()
     parts = [int((tmp_path / f"held{rank}").read_text()) for rank in range(2)]
     tables = sum(p.numel() for name, p in pruned.module.named_parameters() if "embeddings." in name and p.dim() == 2)
     assert sum(parts) == 2 * (pruned.params - tables), "weights and their momenta"
