@@ -382,9 +382,6 @@ def prune(
     recover: Annotated[str, typer.Option("--recover", help="none, reconstruct or distill.")] = "reconstruct",
     steps: Annotated[int, typer.Option("--steps", help="Steps of distillation.", min=1)] = 160,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate of distillation.", min=1e-9)] = 5e-4,
-    sharded: Annotated[
-        bool, typer.Option("--sharded", help="Several processes, by torchrun, hold a part of the weights each (FSDP).")
-    ] = False,
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint folder to write.")] = Path("pruned"),
     json_: Json = False,
     verbose: Verbose = False,
@@ -427,8 +424,7 @@ def prune(
             pruned = _without_units(workload, found, fitted, shares, uniform=uniform, in_place=alone)
         pruned = _factored(pruned, low_rank, screen, seed)
         if not alone:
-            trained = {"steps": steps, "lr": lr, "sharded": sharded, "checkpoint": _unfinished(out)}
-            options = trained if recover == "distill" else None
+            options = {"steps": steps, "lr": lr, "checkpoint": _unfinished(out)} if recover == "distill" else None
             pruned = _recovered(workload, pruned, screen, seed, options)
         pruned = _same_shapes(pruned, merge_tokens, sparsity, screen, seed)
         _keep(pruned, out, plain=uniform)

@@ -7,15 +7,16 @@ Cost    One forward pass of the original and one training step of the pruned mod
 Source  Hinton et al. 2015 (arXiv 1503.02531); last-layer features as in Sanh et al. 2019 (arXiv 1910.01108) and
         Minitron (arXiv 2407.14679), each term relative to the size of its own target so that none needs a weight
 
-The same call trains in one process, or in each of those that ``torchrun`` starts: they share each batch out among them,
-each with the whole model or, sharded, with a part of it, and the first one alone writes.
+The same call trains in one process, or in each of those that ``torchrun`` or ``accelerate launch`` starts: they share
+each batch out among them, and the first one alone writes. Each has the whole model, or with ``accelerate launch
+--use_fsdp``, which sets ACCELERATE_USE_FSDP, a shard of the student's parameters, gradients and optimizer state (FSDP2,
+the blocks and the rest as groups), and the original whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -26,10 +27,11 @@ import torch
 from torch import nn
 
 from ...errors import UnavailableError, UsageError
+from ...models import tasks
 from ...models.surgery import prune as copy_of
 from ...models.workload import Progress, Workload, check_finite
 from ...plan import PruningPlan
-from . import lora, state
+from . import lora
 from .flow import DivergedError
 from .loop import Options, Training
 from .losses import DEFAULT, objective
@@ -65,7 +67,6 @@ def recover(
     precision: Precision = "auto",
     evaluate_every: int = 0,
     patience: int = 0,
-    sharded: bool = False,
     checkpoint: Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -76,10 +77,8 @@ def recover(
     losses.py, ``temperature`` is that of ``kl``. With a ``rank`` only low-rank adapters are trained, and merged in the
     end. With ``precision`` ``auto`` the forward passes are in bfloat16 on a GPU that has it. With ``evaluate_every`` a
     tenth of the training rows is held out and judged every so many steps; the best weights are returned, and after
-    ``patience`` judgements without better ones training ends. Where ``sharded``, or where ``accelerate launch`` is told
-    to use FSDP, each of several processes holds a part of the weights in training (shard.py). The file ``checkpoint``
-    keeps the state of every 20th step, from which the same call goes on after it was killed. Deterministic by ``seed``
-    on one machine.
+    ``patience`` judgements without better ones training ends. The file ``checkpoint`` keeps the state of every 20th
+    step, from which the same call goes on after it was killed. Deterministic by ``seed`` on one machine.
 
     Raises DivergedError where lower rates do not help, InputError where the pruned model is not finite to begin with or
     the state cannot be read, UsageError for options that do not go together or a state of another run.
@@ -95,9 +94,15 @@ def recover(
         "rank": rank,
         "precision": precision,
     }
-    accelerator, sharded = _accelerator(sharded=sharded)
+    accelerator, sharded = _accelerator()
+    if accelerator.num_processes > 1 and original.task is tasks.RETRIEVAL:
+        # a row is compared with the others of its batch, and a process sees its own share of them only
+        raise UnavailableError(f"{original.name} compares the rows of a batch, so one process alone can recover it.")
+    if sharded and set(losses) == {"relations"}:
+        # gradients would start within a block, whose weights are gathered again when they reach its output
+        raise UnavailableError("FSDP cannot train by the loss 'relations' alone; add 'hidden' to it.")
     student = copy_of(pruned, PruningPlan())
-    with _at_work(accelerator.device, original, student):
+    with _at_work(accelerator.device, original, *([] if sharded else [student])):
         weights = _trained(student.module, rank, seed)
         training = Training(
             accelerator,
@@ -112,9 +117,12 @@ def recover(
         )
         training.go_on(checkpoint)
         training.train(checkpoint, progress)
-        accelerator.unwrap_model(training.wrapped.module, keep_fp32_wrapper=False)  # a launcher may ask for autocast
         if sharded:
-            student = _gathered(pruned, student, rank, seed)
+            student = copy_of(pruned, PruningPlan())
+            weights = _trained(student.module, rank, seed)
+            training.give(weights)
+        else:  # a launcher may ask for autocast
+            accelerator.unwrap_model(training.wrapped.module, keep_fp32_wrapper=False)
         if rank:
             lora.merge(student.module)
     for parameter in student.module.parameters():
@@ -122,32 +130,21 @@ def recover(
     return Recovered(student, tuple(training.trace), training.flow.layers)
 
 
-def _accelerator(*, sharded: bool) -> tuple[Accelerator, bool]:
-    """What knows the device and the other processes, and whether these hold a part of the model each.
+def _accelerator() -> tuple[Accelerator, bool]:
+    """What knows the device and the other processes, and whether they shard the student.
 
-    UnavailableError where they shall, by other means than FSDP.
+    accelerate itself shards on GPUs alone, by what it guesses to be blocks: its switch is read, loop.py does the rest.
+    Raises UnavailableError for other ways to share a model out.
     """
     from accelerate import Accelerator, DistributedType
+    from accelerate.utils import parse_flag_from_env
 
-    launched = os.environ.pop("ACCELERATE_USE_FSDP", None)  # it would wrap the module itself, and not on every device
-    try:
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # said, or CPU processes would not meet
-    finally:
-        if launched is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = launched
-    if accelerator.distributed_type not in {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}:
-        kind = accelerator.distributed_type.value
-        raise UnavailableError(f"Recovery shares the model's parts out among processes by FSDP, not as {kind} does.")
-    return accelerator, (sharded or launched == "true") and accelerator.num_processes > 1
-
-
-def _gathered(pruned: Workload, student: Workload, rank: int, seed: int) -> Workload:
-    """A copy of ``pruned`` with the weights of the sharded ``student``, all parts of them, in every process."""
-    found = copy_of(pruned, PruningPlan())
-    if rank:
-        lora.adapt(found.module, rank, seed=seed)
-    found.module.load_state_dict({name: state.copied(part) for name, part in student.module.state_dict().items()})
-    return found
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # said, or CPU processes would not meet
+    kind = accelerator.distributed_type
+    whole = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if kind not in whole | {DistributedType.FSDP}:
+        raise UnavailableError(f"Recovery shares rows out among processes, or the model by FSDP, not by {kind.value}.")
+    return accelerator, kind != DistributedType.NO and bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def _trained(module: nn.Module, rank: int, seed: int) -> dict[str, nn.Parameter]:

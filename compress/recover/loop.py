@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from ...errors import UnavailableError
 from ...models.data import Batch, Rows
 from ...models.workload import Progress, Workload
-from . import shard, state
+from . import state
 from .flow import DivergedError, Flow
 from .held_out import hold_out
 from .losses import LEAST, Objective, look, moved
@@ -45,7 +48,8 @@ class Options:
 class Training:
     """A run: ``student`` is trained in place, and ``trace`` and ``flow`` tell how it went.
 
-    ``weights`` are the parameters to train, by name; ``run`` is the digest of all that the run depends on.
+    ``weights`` are the parameters to train, by name; ``run`` is the digest of all that the run depends on. With
+    ``sharded`` every process holds a part of the student's parameters, gradients and optimizer state, else all of them.
     """
 
     def __init__(
@@ -66,14 +70,13 @@ class Training:
         self.rows, self.held = original.data.train, None
         if options.evaluate_every:
             self.rows, self.held = hold_out(original)
-        self.wrapped = student
         if sharded:
-            shard.split(student.module, _blocks(student), accelerator.device.type, accelerator.num_processes)
-            weights = {name: student.module.get_parameter(name) for name in weights}  # each is another object now
+            _shard(student, accelerator.device, accelerator.num_processes)
+            weights = {name: student.module.get_parameter(name) for name in weights}
         elif accelerator.num_processes > 1:
             weights = self._reached(weights)
-            self.wrapped = replace(student, module=accelerator.prepare(student.module))
         self.weights = dict(weights)
+        self.wrapped = student if sharded else replace(student, module=accelerator.prepare(student.module))
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=options.lr, weight_decay=0.01)
         self.layers = _by_layer(student, self.weights)
         self.flow = Flow(tuple(self.layers))
@@ -153,7 +156,7 @@ class Training:
 
     def _norms(self) -> list[float]:
         norms = [
-            shard.whole(nn.utils.get_total_norm([p.grad for p in layer if p.grad is not None]))
+            state.gathered(nn.utils.get_total_norm([p.grad for p in layer if p.grad is not None]))
             for layer in self.layers.values()
         ]
         return [float(norm) for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
@@ -208,9 +211,8 @@ class Training:
         if self.flow.first is None:
             raise DivergedError("Recovery could not take a single step: no batch had a finite loss.")
         if self.best_weights:
-            with torch.no_grad():
-                for name, weight in self.weights.items():
-                    weight.copy_(shard.placed(self.best_weights[name], weight))
+            for name, weight in self.weights.items():
+                state.local(weight).copy_(self.best_weights[name])
         elif self.start is not None and math.isfinite(self.start) and not self._standing() <= self.start:
             self._lay_back(self.kept)
             done = {"step": self.step, "kind": "worse than at first", "where": "the loss", "done": "went back"}
@@ -256,12 +258,35 @@ class Training:
 
     def _keep(self, path: Path | None) -> None:
         self.kept = self._state()
-        if path and self.accelerator.is_main_process:
-            state.write(self.kept, path)
+        if not path:
+            return
+        first = self.accelerator.is_main_process
+        tensors = {name: tensor for name, tensor in state.whole(self.kept.tensors, self.weights) if first}
+        if first:
+            state.write(State(tensors, self.kept.facts), path)
+
+    def give(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Copy what was trained, put together where it is sharded, to ``weights`` of the same names."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weights[name].copy_(state.gathered(weight))
 
     def _lay_back(self, kept: State) -> None:
         self.updates = kept.facts["updates"]
         state.lay_back(kept.tensors, self.weights, self.optimizer, self.updates)
+
+
+def _shard(student: Workload, device: torch.device, processes: int) -> None:
+    """Leave this process its share of every parameter of ``student``, on ``device``; a block's are gathered while it
+    runs. Raises UnavailableError for a parameter that cannot be cut."""
+    for name, parameter in student.module.named_parameters():
+        if not parameter.dim():
+            raise UnavailableError(f"FSDP cannot shard '{name}', which is a single number; train without --use_fsdp.")
+    mesh = init_device_mesh(device.type, (processes,))
+    for stack in student.structure.stacks:
+        for place in range(stack.count):
+            fully_shard(student.module.get_submodule(f"{stack.path}.{place}"), mesh=mesh)
+    fully_shard(student.module, mesh=mesh)
 
 
 def _finite(value: float) -> float | None:
@@ -284,13 +309,9 @@ def _endless(rows: Rows, batch: int, seed: int, start: int) -> Iterator[Batch]:
         epoch, skipped = epoch + 1, 0
 
 
-def _blocks(student: Workload) -> list[str]:
-    return [f"{stack.path}.{place}" for stack in student.structure.stacks for place in range(stack.count)]
-
-
 def _by_layer(student: Workload, weights: Mapping[str, nn.Parameter]) -> dict[str, list[nn.Parameter]]:
     """The weights of each block, and those outside; of a model without blocks, of each layer."""
-    blocks = _blocks(student)
+    blocks = [f"{stack.path}.{place}" for stack in student.structure.stacks for place in range(stack.count)]
     layers: dict[str, list[nn.Parameter]] = {}
     for name, weight in weights.items():
         own = next((block for block in blocks if name.startswith(f"{block}.")), None)

@@ -2,12 +2,14 @@
 
 On disk it is one safetensors file: the trained weights and the optimizer's moments, and as JSON in its header the step,
 which is also the place in the rows, what the monitor knows, and the trace. It is replaced in one step.
+
+Of sharded weights every process keeps its own shards in memory; on disk they are whole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...errors import InputError, UsageError
 from ...models.checkpoint import read_tensors
-from .shard import placed, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,8 +44,49 @@ def taken(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer)
     return found
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of ``tensor``, to be read and written: its shard, or all of it."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def copied(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
+    return local(tensor).to("cpu", copy=True).contiguous()
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, of which processes may hold parts."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(tensor: Tensor, weight: Tensor) -> Tensor:
+    """A new tensor like ``weight`` of which this process has ``tensor``: the inverse of :func:`copied`."""
+    found = torch.empty_like(weight, requires_grad=False)
+    local(found).copy_(tensor)
+    return found
+
+
+def whole(tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """``tensors`` of a state, put together from the shards of all processes, each of which has to walk through."""
+    for name, tensor in tensors.items():
+        weight = _owner(name, weights)
+        yield name, gathered(placed(tensor, weight)).cpu() if isinstance(weight, DTensor) else tensor
+
+
+def shards(tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """The inverse of :func:`whole`, for each process by itself."""
+    for name, tensor in tensors.items():
+        weight = _owner(name, weights)
+        if isinstance(weight, DTensor):
+            cut = distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
+            yield name, copied(cut)
+        else:
+            yield name, tensor
+
+
+def _owner(name: str, weights: Mapping[str, nn.Parameter]) -> Tensor | None:
+    """The weight that a tensor of a state belongs to."""
+    return weights.get(name.partition(".")[2])
 
 
 def lay_back(
@@ -51,12 +94,11 @@ def lay_back(
 ) -> None:
     """Lay back what :func:`taken` took, after ``updates`` steps of the optimizer."""
     optimizer.state.clear()
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(placed(tensors[f"weight.{name}"], weight))
-            if f"{MOMENTS[0]}.{name}" in tensors:
-                moments = {moment: placed(tensors[f"{moment}.{name}"], weight) for moment in MOMENTS}
-                optimizer.state[weight] = {"step": torch.tensor(float(updates)), **moments}
+    for name, weight in weights.items():
+        local(weight).copy_(tensors[f"weight.{name}"])
+        if f"{MOMENTS[0]}.{name}" in tensors:
+            moments = {moment: placed(tensors[f"{moment}.{name}"], weight) for moment in MOMENTS}
+            optimizer.state[weight] = {"step": torch.tensor(float(updates)), **moments}
 
 
 def write(state: State, path: Path) -> None:
@@ -92,4 +134,4 @@ def read(path: Path, run: str, weights: Mapping[str, nn.Parameter]) -> State | N
     for name, weight in weights.items():
         if f"weight.{name}" not in tensors or tensors[f"weight.{name}"].shape != weight.shape:
             raise InputError(f"{path} has no tensor 'weight.{name}' of shape {list(weight.shape)}.")
-    return State(tensors, facts)
+    return State(dict(shards(tensors, weights)), facts)

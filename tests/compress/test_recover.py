@@ -281,17 +281,21 @@ def test_a_state_resumes_after_trouble(net: tuple[Any, Any], tmp_path: Path) -> 
 # ---- several processes
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2")
+FSDP = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2")
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, FSDP], ids=["whole", "sharded"])
 def test_two_processes_train_as_one_and_one_of_them_writes(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, *, sharded: bool
+    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     rows = tmp_path / "few.csv"
     rows.write_text("".join(reviews_csv.read_text().splitlines(keepends=True)[:400]))
     job = ["prune", model_folder, "--data", rows, *COLUMNS, "--method", "magnitude", "--recover", "distill"]
     job += ["--ratio", "head=0.5,ffn=0.8,block=0.34", "--steps", "12", "--lr", "1e-3", "--json", "-o"]
     alone = edgepress(*job, tmp_path / "alone")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "edgepress"]
-    command = [*launch, *map(str, job), str(tmp_path / "both"), *(["--sharded"] if sharded else [])]
+    launch = [sys.executable, "-m", *launcher, "-m", "edgepress"]
+    command = [*launch, *map(str, job), str(tmp_path / "both")]
     both = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (alone.returncode, both.returncode) == (0, 0), alone.stderr + both.stderr
     ours, theirs = json.loads(both.stdout), json.loads(alone.stdout)
@@ -299,62 +303,83 @@ def test_two_processes_train_as_one_and_one_of_them_writes(
     assert ours["quality"]["value"] == pytest.approx(theirs["quality"]["value"], abs=0.5)
     first, second = (read_tensors(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
     assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        if not name.endswith("key.bias"):  # its gradient is nothing but rounding, which Adam makes whole steps of
-            torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-4, msg=name)
+    _assert_close(second, first)
     assert any(not torch.equal(second[name], tensor) for name, tensor in first.items()), "added up in another order"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "both", "few.csv"]
     assert both.stderr.count("distill …") == 1, "one process prints"
 
 
 SHARDED = """
-import sys
+import os, sys, torch, edgepress as ep
 from pathlib import Path
-import edgepress as ep
-from edgepress.compress.recover import loop
+from edgepress.compress.recover import recover
+from edgepress.errors import UnavailableError
 from edgepress.models import checkpoint
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-model, rows, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+model, rows, folder, stop = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 whole = ep.load(model, rows, columns={"text": "review", "label": "stars"}, max_length=64)
 half = checkpoint.read(folder / "half", whole.data)
-take = loop.Training._take
 
-def watched(training, batch):
-    if training.step == 30:
-        raise SystemExit
-    take(training, batch)
-    weights = training.weights.values()
-    held = sum(weight.to_local().numel() for weight in weights)
-    assert 0.4 < held / sum(weight.numel() for weight in weights) < 0.6, "each holds about a half"
+def held(optimizer, *_):
+    parts = [t.to_local() for t in optimizer.param_groups[0]["params"]]
+    parts += [state["exp_avg"].to_local() for state in optimizer.state.values()]
+    (folder / f"held{os.environ['RANK']}").write_text(str(sum(part.numel() for part in parts)))
 
-loop.Training._take = watched
-ep.recover(half, whole, checkpoint=folder / "state", **{OPTIONS})
+def progress(done, *_):
+    with (folder / "steps").open("a") as file:
+        print(done, file=file)
+    if done == stop:
+        os._exit(9)
+
+watch = register_optimizer_step_post_hook(held)
+full = recover(half, whole, checkpoint=folder / "state", progress=progress, **{OPTIONS})
+watch.remove()
+adapted = recover(half, whole, rank=3, steps=5, batch=15, lr=5e-3)
+try:
+    recover(half, whole, losses=("relations",))
+except UnavailableError as error:
+    (folder / "refused").write_text(str(error))
+if os.environ["RANK"] == "1":  # every process has all of the result
+    for name, recovered in (("full", full), ("adapted", adapted)):
+        checkpoint.save(recovered.workload, folder / name)
 """
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
-def test_what_two_processes_held_parts_of_goes_on_in_one(
-    rank: int, workload: Any, pruned: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
+def test_sharded_training_goes_on_after_it_was_killed(
+    workload: Any, pruned: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
 ) -> None:
     from edgepress.models import checkpoint
 
     checkpoint.save(pruned, tmp_path / "half")
-    options = {"steps": 40, "batch": 16, "lr": 1e-3, "evaluate_every": 10, "rank": rank}
-    (tmp_path / "train.py").write_text(SHARDED.replace("{OPTIONS}", repr(options)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "train.py"]
-    command = [*launch, model_folder, reviews_csv, tmp_path]
-    env = {**os.environ, "ACCELERATE_USE_FSDP": "true"}  # as `accelerate launch --use_fsdp` has it
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    steps: list[int] = []
-    state = tmp_path / "state"
-    resumed = recover(pruned, workload, checkpoint=state, progress=lambda done, *_: steps.append(done), **options)
-    assert steps[0] == 21, "it went on from where they were"
-    straight = recover(pruned, workload, **options)
-    first, second = (found.workload.module.state_dict() for found in (straight, resumed))
-    for name, tensor in first.items():
+    options = {"steps": 40, "batch": 15, "lr": 1e-3, "evaluate_every": 15}
+    script = tmp_path / "script.py"
+    script.write_text(SHARDED.replace("{OPTIONS}", repr(options)))
+
+    def run(stop: int) -> Any:
+        command = [sys.executable, "-m", *FSDP, script, model_folder, reviews_csv, tmp_path, str(stop)]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
+
+    assert run(35).returncode != 0
+    after = run(0)
+    assert after.returncode == 0, after.stderr
+    steps = (tmp_path / "steps").read_text().split()
+    assert steps == [str(step) for step in (*range(1, 36), *range(21, 41))], "it went on from where it was"
+    assert "'relations' alone" in (tmp_path / "refused").read_text()
+    parts = [int((tmp_path / f"held{rank}").read_text()) for rank in range(2)]
+    tables = sum(p.numel() for name, p in pruned.module.named_parameters() if "embeddings." in name and p.dim() == 2)
+    assert sum(parts) == 2 * (pruned.params - tables), "weights and their momenta"
+    assert max(parts) < 0.51 * sum(parts), "each holds a half"
+    alone = recover(pruned, workload, **options)
+    _assert_close(read_tensors(tmp_path / "full" / "model.safetensors"), alone.workload.module.state_dict())
+    adapted = recover(pruned, workload, rank=3, steps=5, batch=15, lr=5e-3)
+    _assert_close(read_tensors(tmp_path / "adapted" / "model.safetensors"), adapted.workload.module.state_dict())
+
+
+def _assert_close(found: Any, wanted: Any) -> None:
+    for name, tensor in found.items():
         if not name.endswith("key.bias"):  # its gradient is nothing but rounding, which Adam makes whole steps of
-            torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-4, msg=name)
+            torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-4, msg=name)
 
 
 # ---- adapters, precision, held-out rows, rounds
