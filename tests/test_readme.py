@@ -35,6 +35,7 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith("edgepress ")]
 
 
+@pytest.mark.timeout(1800)  # every command of the README, one after the other
 @pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_commands_of_the_readme_run(edgepress: Any, small_recipe: Path, folder: Path, short: bool) -> None:
     """In order, in a folder that has the reader's model and rows.
