@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -363,10 +364,12 @@ def _convolutional(graph: onnx.ModelProto, feeds: Sequence[Feeds], path: Path) -
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
     onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    float_graph = onnx.load(folded)
+    _flatten_biases(float_graph)
     try:
         with without_advice():
             quantize_static(
-                folded,
+                float_graph,
                 path,
                 Rows(),
                 op_types_to_quantize=["Conv", "Gemm", "MatMul", *BETWEEN],
@@ -378,6 +381,16 @@ def _convolutional(graph: onnx.ModelProto, feeds: Sequence[Feeds], path: Path) -
     except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:  # what the tool raises by itself
         said = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(f"ONNX Runtime's quantizer cannot take this graph with its convolutions: {said}") from error
+
+
+def _flatten_biases(graph: onnx.ModelProto) -> None:
+    """Biases [1, out] of products as [out], the only form that the tool takes with a scale for each channel."""
+    biases = {node.input[2] for node in graph.graph.node if node.op_type == "Gemm" and len(node.input) > 2}
+    readers = Counter(name for node in graph.graph.node for name in node.input)
+    for one in graph.graph.initializer:
+        if one.name in biases and readers[one.name] == 1 and len(one.dims) == 2 and one.dims[0] == 1:
+            del one.dims[0]
+    del graph.graph.value_info[:]  # inferred anew
 
 
 # ---- comparing

@@ -140,6 +140,27 @@ def test_convolutions(here: Any, folder: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_bias_with_an_axis_too_many_beside_convolutions(tmp_path: Path) -> None:
+    """Gemm lets a bias be [1, out], which ONNX Runtime's tool cannot take as it is."""
+    random = np.random.default_rng(0)
+    shapes = {"k": [8, 3, 3, 3], "w": [8, 4], "b": [1, 4]}
+    weights = [onnx.numpy_helper.from_array(random.standard_normal(shapes[n]).astype(np.float32), n) for n in shapes]
+    nodes = [
+        helper.make_node("Conv", ["x", "k"], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Gemm", ["f", "w", "b"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 3, 8, 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 4])
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "x.onnx")
+    rows = _rows(tmp_path / "rows.npz", x=random.standard_normal((16, 3, 8, 8)).astype(np.float32))
+    found = foreign.quantize(tmp_path / "x.onnx", tmp_path / "out.onnx", "int8", data=rows)
+    assert len(found.quantized) == 2
+    assert found.parity["y"].cosine > 0.999
+
+
 def _written(path: Path, nodes: list[Any], opset: int = 18) -> Path:
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 64]) for name in ("x", "y")]
     weight = helper.make_tensor("w", TensorProto.FLOAT, [64, 64], np.ones(64 * 64, np.float32))
