@@ -143,7 +143,7 @@ def measure(
     batch: int = 1,
     sequence: int = 128,
     precision: str = "fp32",
-    rounds: int = 80,
+    rounds: int = 30,
     seconds: float = 2.0,
     progress: Progress | None = None,
 ) -> LatencyTable:

@@ -90,7 +90,7 @@ def fit(
     structure = workload.structure
     costs = table.costs(structure)
     least = reachable(structure, told.losses, costs)
-    budget, shorter = table.total_ms / speedup, SHORTER
+    budget, shorter = table.total_ms / (speedup * SPARE**0.5), SHORTER  # the middle of what is good enough
     rounds: list[tuple[Round, PruningPlan]] = []
     with tempfile.TemporaryDirectory() as folder:
         original = _artifact(workload, table, Path(folder) / "original")

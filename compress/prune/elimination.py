@@ -24,6 +24,11 @@ times that, the unit's importance by a score; what is told stays the error.
 
 Of more than 64 units a 64th of those left goes at once, the lowest by their errors one by one, and the error is that of
 all of them together.
+
+Once an order p is chosen, one factorisation has the solutions after every step. With H[p, p] = Rᵀ R, R lower
+triangular, tr((V - W) H (V - W)ᵀ) = ‖R V[:, p]ᵀ - R W[:, p]ᵀ‖². Where the first g columns of V are zero, so are the
+first g rows of R V[:, p]ᵀ: the error is at least what the first g rows of Z = R W[:, p]ᵀ hold, and just that where the
+other rows are met, which a triangular solve does.
 """
 
 from __future__ import annotations
@@ -47,12 +52,35 @@ class Elimination:
     """The mean squared error of the outputs, summed over outputs, by units kept: float64 [units + 1]."""
 
 
-def solution(h: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
-    """W H[:, K] H[K, K]⁻¹, the best weights [out, kept] for the columns K, int64 [kept]."""
-    if not len(kept):
-        return weight.new_zeros(len(weight), 0)
-    factor = torch.linalg.cholesky(h[kept][:, kept])
-    return torch.cholesky_solve((weight @ h[:, kept]).T, factor).T
+@dataclass(frozen=True)
+class Nested:
+    """The best weights of a layer as its columns go in one order, after every step."""
+
+    columns: Tensor
+    """The columns, the first to go first: int64 [columns]."""
+    root: Tensor
+    """R, [columns, columns]."""
+    target: Tensor
+    """Z, [columns, out]."""
+
+    @property
+    def errors(self) -> Tensor:
+        """The mean squared error of the outputs, summed over outputs, by columns gone: float64 [columns + 1]."""
+        return torch.cat([self.target.new_zeros(1), self.target.square().sum(1).cumsum(0)])
+
+    def weights(self, gone: int) -> Tensor:
+        """The best weights [out, columns] with zeros for the first ``gone`` columns of the order."""
+        found = self.target.new_zeros(self.target.shape[1], len(self.columns))
+        left = torch.linalg.solve_triangular(self.root[gone:, gone:], self.target[gone:], upper=False)
+        found[:, self.columns[gone:]] = left.T
+        return found
+
+
+def nested(h: Tensor, weight: Tensor, columns: Tensor) -> Nested:
+    """For H [columns, columns] and W [out, columns], both float64, and all ``columns`` in the order they go in."""
+    back = columns.flip(0)
+    root = torch.linalg.cholesky(h[back][:, back]).flip(0, 1).T  # a Cholesky factor of the reverse is an upper one
+    return Nested(columns, root, root @ weight[:, columns].T)
 
 
 def eliminate(h: Tensor, weight: Tensor, units: Tensor, *, prior: Tensor | None = None) -> Elimination:

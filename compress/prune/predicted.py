@@ -2,7 +2,7 @@
 
 What    Each site is cut to a few counts in turn, the layer that reads it makes up for what went, and the distance of
         the model's answers from the original's is measured on calibration rows; counts in between follow the error of
-        that layer. A block's loss is that of skipping it.
+        that layer, which is known at each. A block's loss is that of skipping it.
 When    Before an allocation, which adds up what the sites lose. Scores of single units say which go first, not how much
         is lost with half of them.
 Cost    One pass for the Gram matrices, an elimination for each site, and about ``LEVELS`` passes of the rows a site, of
@@ -25,7 +25,6 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from ..score.obs import damped
 from ..score.readers import Moments, first
 from ..score.weights import places
 from .budget import choices, fewest, orders, sums
-from .elimination import eliminate, solution
+from .elimination import Nested, eliminate, nested
 
 LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a site's units at which its loss is measured, beside the fewest that it may keep."""
@@ -93,19 +92,40 @@ class _Reader:
     weight: Tensor
     units: tuple[Tensor, ...]
 
-    def without(self, gone: Sequence[int]) -> Tensor:
-        """The best weights with zeros for the units ``gone``, [out, columns]."""
-        kept = torch.ones(self.h.shape[1], dtype=torch.bool)
-        for unit in gone:
-            kept[self.units[unit]] = False
-        columns = kept.nonzero()[:, 0]
-        found = torch.zeros_like(self.weight)
-        found[:, columns] = solution(self.h, self.weight, columns)
-        return found
+    def ending(self, order: Sequence[int]) -> _Ending:
+        """How it ends up as units go in ``order``; columns of no unit stay."""
+        going = [self.units[unit] for unit in order]
+        staying = torch.ones(self.h.shape[1], dtype=torch.bool)
+        staying[torch.cat(going)] = False
+        columns = torch.cat([*going, staying.nonzero()[:, 0]])
+        return _Ending(self, nested(self.h, self.weight, columns), np.cumsum([0, *map(len, going)]))
 
-    def error(self, changed: Tensor) -> float:
-        change = changed - self.weight
-        return float((change @ self.h * change).sum())
+
+@dataclass(frozen=True)
+class _Ending:
+    """A reader as the units of its site go in one order."""
+
+    reader: _Reader
+    solved: Nested
+    columns: NDArray[np.int64]
+    """How many columns have gone with the first so many units, [units + 1]."""
+
+    def weights(self, gone: int) -> Tensor:
+        """Its best weights, [out, columns], without the first ``gone`` units."""
+        return self.solved.weights(int(self.columns[gone]))
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The units of a site, the first to go first, and how the layers that read them end up."""
+
+    units: tuple[int, ...]
+    endings: tuple[_Ending, ...]
+
+    @property
+    def errors(self) -> Floats:
+        """The squared error of the readers' outputs by units kept, [units + 1]."""
+        return np.sum([ending.solved.errors.numpy()[ending.columns] for ending in self.endings], axis=0)[::-1]
 
 
 def predict(
@@ -163,23 +183,17 @@ def _reader(module: nn.Module, site: Site, cut: Cut, moments: Moments) -> _Reade
 
 def _best(trials: _Trials, site: Site, readers: Sequence[_Reader], scores: Tensor) -> tuple[Floats, tuple[int, ...]]:
     """The losses of a site and its order, by the ``scores`` [units] alone or by elimination with them."""
-    order = tuple(scores.argsort(stable=True).tolist())
-    orders = [order]
+    units = [tuple(scores.argsort(stable=True).tolist())]
     if len(readers) == 1 and len({len(columns) for columns in readers[0].units}) == 1:
-        units = torch.stack(readers[0].units)
-        orders.append(eliminate(readers[0].h, readers[0].weight, units, prior=_prior(scores)).order)
-    measured: dict[int, float] = {}
-    if len(orders) > 1:
-        kept = max(round(DUEL * site.count), 1)
-        gone = site.count - kept
-        lost = [trials.distance(site, one[:gone], _changed(readers, one[:gone])) for one in orders]
-        measured[kept] = min(lost)
-        order = orders[lost.index(min(lost))]
-    return _curve(trials, site, readers, order, measured), order
-
-
-def _changed(readers: Sequence[_Reader], gone: Sequence[int]) -> list[tuple[_Reader, Tensor]]:
-    return [(reader, reader.without(gone)) for reader in readers]
+        columns = torch.stack(readers[0].units)
+        units.append(eliminate(readers[0].h, readers[0].weight, columns, prior=_prior(scores)).order)
+    orders = [_Order(one, tuple(reader.ending(one) for reader in readers)) for one in units]
+    if len(orders) == 1:
+        return _curve(trials, site, orders[0], {}), units[0]
+    kept = max(round(DUEL * site.count), 1)
+    lost = [trials.without(site, order, site.count - kept) for order in orders]
+    best = orders[lost.index(min(lost))]
+    return _curve(trials, site, best, {kept: min(lost)}), best.units
 
 
 def _prior(scores: Tensor) -> Tensor:
@@ -188,28 +202,18 @@ def _prior(scores: Tensor) -> Tensor:
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny) + LEAST
 
 
-def _curve(
-    trials: _Trials, site: Site, readers: Sequence[_Reader], order: Sequence[int], already: Mapping[int, float]
-) -> Floats:
+def _curve(trials: _Trials, site: Site, order: _Order, already: Mapping[int, float]) -> Floats:
     """The loss by units kept, measured at ``LEVELS`` (some have been ``already``), in between by the readers' errors.
 
     It is never less as more go.
     """
     counts = sorted({fewest(site), *(max(round(share * site.count), 1) for share in LEVELS)} - {site.count})
-    between = _between(site, counts)
     measured: dict[int, float] = {site.count: 0.0}
-    errors: dict[int, float] = {site.count: 0.0}
-    for kept in sorted({*counts, *between}):
-        gone = order[: site.count - kept]
-        changed = _changed(readers, gone)
-        errors[kept] = sum(reader.error(weight) for reader, weight in changed)
-        if kept in counts:
-            measured[kept] = already[kept] if kept in already else trials.distance(site, gone, changed)
+    for kept in counts:
+        measured[kept] = already[kept] if kept in already else trials.without(site, order, site.count - kept)
     at = np.array(sorted(measured))
     levels = np.maximum.accumulate([measured[kept] for kept in at[::-1]])[::-1]
-    known = np.array(sorted(errors))
-    error = np.interp(np.arange(site.count + 1), known, [errors[kept] for kept in known])
-    error = np.maximum.accumulate(error[::-1])[::-1]
+    error = order.errors
     losses = np.empty(site.count + 1)
     losses[: at[0]] = np.inf  # fewer may not stay
     for low, high, lost, less in zip(at, at[1:], levels, levels[1:], strict=False):
@@ -217,12 +221,6 @@ def _curve(
         share = (error[low : high + 1] - error[high]) / span if span > 0 else np.linspace(1, 0, high - low + 1)
         losses[low : high + 1] = less + (lost - less) * share
     return losses
-
-
-def _between(site: Site, counts: Sequence[int]) -> set[int]:
-    """Counts where the readers' errors are looked at too: three between two levels."""
-    ends = [*counts, site.count]
-    return {low + (high - low) * part // 4 for low, high in pairwise(ends) for part in range(1, 4)}
 
 
 class _Trials:
@@ -240,6 +238,11 @@ class _Trials:
                 self.wanted.append(workload.forward(batch.inputs))
             used += sum(first(output).numel() for output in outputs.values())
             self.outputs.append(outputs if used <= workload.params else {})
+
+    def without(self, site: Site, order: _Order, gone: int) -> float:
+        """The distance of the answers without the first ``gone`` units of an order, made up for by their readers."""
+        changed = [(ending.reader, ending.weights(gone)) for ending in order.endings]
+        return self.distance(site, order.units[:gone], changed)
 
     def distance(self, site: Site, gone: Sequence[int], changed: Sequence[tuple[_Reader, Tensor]]) -> float:
         """The distance of the answers where the units ``gone`` are masked and readers have other weights."""

@@ -13,7 +13,7 @@ import torch
 from edgepress.compress.distance import distance as distance_of
 from edgepress.compress.prune import predicted
 from edgepress.compress.prune.budget import choices, fewest
-from edgepress.compress.prune.elimination import AT_ONCE, eliminate, solution
+from edgepress.compress.prune.elimination import AT_ONCE, eliminate, nested
 from edgepress.compress.score.evidence import gather
 from edgepress.compress.score.obs import damped
 from edgepress.compress.score.weights import places
@@ -31,18 +31,30 @@ def _problem(columns: int, outputs: int, seed: int) -> tuple[Tensor, Tensor, Ten
     return x, h, torch.randn(outputs, columns, generator=random, dtype=torch.float64)
 
 
+def _solution(h: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+    """The best weights [out, kept] for these columns, by the normal equations."""
+    return torch.linalg.solve(h[kept][:, kept], h[kept] @ weight.T).T
+
+
 def _error(h: Tensor, weight: Tensor, kept: Tensor) -> float:
     change = -weight.clone()
-    change[:, kept] += solution(h, weight, kept)
+    change[:, kept] += _solution(h, weight, kept)
     return float((change @ h * change).sum())
 
 
-@pytest.mark.parametrize("kept", [[], [2], [0, 3, 4, 6]])
-def test_the_solution_is_least_squares(kept: list[int]) -> None:
-    x, h, weight = _problem(7, 3, 0)
+@pytest.mark.parametrize("seed", range(3))
+def test_after_every_step_of_an_order_the_weights_are_least_squares(seed: int) -> None:
+    x, h, weight = _problem(7, 3, seed)
     tall = torch.cat([x / len(x) ** 0.5, 1e-3**0.5 * torch.eye(7, dtype=torch.float64)]).numpy()
-    expected = np.linalg.lstsq(tall[:, kept], tall @ weight.numpy().T, rcond=None)[0].T
-    np.testing.assert_allclose(solution(h, weight, torch.tensor(kept, dtype=torch.int64)), expected, rtol=1e-8)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
+    found = nested(h, weight, order)
+    for gone in range(8):
+        kept = order[gone:].tolist()
+        expected = np.zeros((3, 7))
+        expected[:, kept] = np.linalg.lstsq(tall[:, kept], tall @ weight.numpy().T, rcond=None)[0].T
+        np.testing.assert_allclose(found.weights(gone), expected, rtol=1e-7, atol=1e-12)
+        error = np.square(tall @ (expected - weight.numpy()).T).sum()
+        np.testing.assert_allclose(found.errors[gone], error, rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize(("count", "width", "more"), [(6, 2, 0), (9, 1, 3), (5, 3, 2)])
@@ -146,7 +158,7 @@ def _solve(module: Any, site: Any, gone: Any, moments: Any) -> None:
         kept = torch.tensor([c for c in range(len(h)) if c not in lost.tolist()], dtype=torch.int64)
         with torch.no_grad():
             weight = torch.zeros_like(matrix(layer))
-            weight[:, kept] = solution(h, matrix(layer), kept)
+            weight[:, kept] = _solution(h, matrix(layer).double(), kept).to(weight)
             if layer.bias is not None:
                 layer.bias += (matrix(layer) - weight) @ seen.mean
             matrix(layer).copy_(weight)
