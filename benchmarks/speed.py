@@ -84,13 +84,14 @@ def fit(
     """The plan that loses least, as ``told``, of those that make ``workload`` ``speedup`` times faster, by measurement.
 
     At most ``ROUNDS`` plans are measured: after each the budget is corrected by the ratio of the speed found to that
-    wanted, and where that was too slow by ``SHORTER`` and its doubles at least. A speed that cannot be met gives the
+    aimed at, and where that was too slow by ``SHORTER`` and its doubles at least. A speed that cannot be met gives the
     fastest plan that was found; see ``check``.
     """
     structure = workload.structure
     costs = table.costs(structure)
     least = reachable(structure, told.losses, costs)
-    budget, shorter = table.total_ms / (speedup * SPARE**0.5), SHORTER  # the middle of what is good enough
+    aim = speedup * SPARE**0.5  # the middle of what is good enough
+    budget, shorter = table.total_ms / aim, SHORTER
     rounds: list[tuple[Round, PruningPlan]] = []
     with tempfile.TemporaryDirectory() as folder:
         original = _artifact(workload, table, Path(folder) / "original")
@@ -122,7 +123,7 @@ def fit(
                 say(f"plan {number}: {one.predicted_speedup:.2f}x predicted, {found.value:.2f}x measured")
             if speedup <= found.value <= SPARE * speedup or (found.value < speedup and budget == least):
                 break
-            step = found.value / speedup
+            step = found.value / aim
             if step < 1:
                 step, shorter = min(step, 1 - shorter), 2 * shorter
             budget *= step

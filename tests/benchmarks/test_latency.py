@@ -183,13 +183,14 @@ def told(workload: Any) -> Predicted:
 
 def test_pruning_to_a_speed_measures_what_it_promises(workload: Any, table: LatencyTable, told: Predicted) -> None:
     said: list[str] = []
+    aim = 1.3 * speed.SPARE**0.5
     fitted = speed.fit(workload, table, told, speedup=1.3, say=said.append)
     assert 1 <= len(fitted.rounds) == len(said) <= speed.ROUNDS
     assert fitted.best in fitted.rounds
     least = budget.reachable(workload.structure, told.losses, table.costs(workload.structure))
-    assert fitted.rounds[0].budget_ms == pytest.approx(max(table.total_ms / 1.3, least))
+    assert fitted.rounds[0].budget_ms == pytest.approx(max(table.total_ms / aim, least))
     for one, then in itertools.pairwise(fitted.rounds):
-        corrected = max(one.budget_ms * one.speedup.value / 1.3, least)
+        corrected = max(one.budget_ms * one.speedup.value / aim, least)
         assert then.budget_ms == pytest.approx(corrected) or least <= then.budget_ms < corrected < one.budget_ms
     for one in fitted.rounds:
         assert one.predicted_ms <= one.budget_ms * (1 + 1e-9)
