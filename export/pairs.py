@@ -5,9 +5,9 @@ and its right one is a constant of signed 8 bits that is dequantized by a scale 
 a GELU and the quantization of the next product's input become part of the same kernel, and what lies between products
 goes on in the float type that the CPU is fastest in. Ranges, smoothing and codes are the plan's.
 
-Attention's two products have activations on both sides. They are computed in 8 bits where the plan knows the ranges of
-queries, keys and values; what the softmax puts out lies between 0 and 1. Tables stay in 8 bits and are dequantized
-after the look-up.
+Of attention's two products, which have activations on both sides, the first is computed in 8 bits where the plan knows
+the ranges of queries and keys. The second is not: among n keys that are attended to alike each has a share of 1/n,
+which is few steps of 1/255. Tables stay in 8 bits and are dequantized after the look-up.
 
 Source: docs.openvino.ai, "Low Precision Transformations" and "Quantized Model"; onnx.ai/onnx/operators.
 """
@@ -25,7 +25,7 @@ from onnx_ir.passes import common as passes
 from ..errors import InputError
 from ..plan import QuantizationPlan
 from .attention import constant, take_place
-from .placement import LARGEST, LEVELS, Float, Product, place_table, planned, siblings, signed, smoothing, unsigned
+from .placement import LARGEST, Float, Product, place_table, planned, siblings, signed, smoothing, unsigned
 
 OPSET = 13
 """The first in which a weight has a scale for each channel."""
@@ -98,7 +98,6 @@ def _pair(graph: ir.Graph, value: ir.Value, scale: Float, zero: Zero, label: str
 def _place_attention(graph: ir.Graph, products: Sequence[Product], plan: QuantizationPlan) -> None:
     """Quantize what is multiplied in each product of two activations, where the range of both is known."""
     ranges = {one.last.outputs[0]: plan.outputs[one.name] for one in products if one.name in plan.outputs}
-    ranges |= {node.outputs[0]: (0.0, 1.0) for node in graph if node.op_type == "Softmax"}
     wanted: dict[ir.Value, str] = {}
     for node in graph:
         makers = [_maker(value) for value in node.inputs] if node.op_type == "MatMul" else []
@@ -120,7 +119,6 @@ def _maker(value: ir.Value | None) -> ir.Value | None:
 
 
 def _symmetric(low: float, high: float) -> tuple[Float, Zero]:
-    """Scale and a zero point of 0, which products of two activations want: signed where there are negative numbers."""
-    dtype, largest = (np.uint8, LEVELS) if low >= 0 else (np.int8, LARGEST)
-    scale = max(-low, high, np.finfo(np.float32).tiny * LEVELS) / largest
-    return np.asarray(scale, np.float32), np.zeros((), dtype)
+    """Scale and a zero point of 0, which products of two activations want."""
+    scale = max(-low, high, np.finfo(np.float32).tiny * LARGEST) / LARGEST
+    return np.asarray(scale, np.float32), np.zeros((), np.int8)
