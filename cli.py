@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import ConstraintError, EdgepressError, UsageError
+from .errors import ConstraintError, EdgepressError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from .benchmarks.speed import Fitted
@@ -50,7 +50,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings; refused otherwise.")
 ]
-TargetOption = Annotated[str, typer.Option("--target", help="cpu, or cpu:N for N threads.")]
+TargetOption = Annotated[str, typer.Option("--target", help="cpu, cpu:N for N threads, or cpu:openvino:N.")]
 
 
 class Screen:
@@ -161,7 +161,7 @@ def compress(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    target: Annotated[str | None, typer.Option("--target", help="cpu, or cpu:N for N threads.")] = None,
+    target: Annotated[str | None, typer.Option("--target", help="cpu, cpu:N for N threads, or cpu:openvino:N.")] = None,
     metric: MetricOption = None,
     max_drop: Annotated[str | None, typer.Option("--max-drop", help="Quality that may be lost: 1%.")] = None,
     max_latency: Annotated[str | None, typer.Option("--max-latency", help="Longest median latency: 5ms.")] = None,
@@ -358,7 +358,9 @@ def prune(
     speedup: Annotated[
         str | None, typer.Option("--speedup", help="Instead of a ratio: so much faster on --target, measured: 2x.")
     ] = None,
-    target: Annotated[str | None, typer.Option("--target", help="Of --speedup: cpu, or cpu:N for N threads.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of --speedup: cpu, cpu:N for N threads, or cpu:openvino:N.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Of --speedup: rows at a time.", min=1)] = 1,
     seq: Annotated[
         int | None, typer.Option("--seq", help="Of --speedup: tokens; 128 where the model takes as many.", min=1)
@@ -453,12 +455,13 @@ def _wanted(speedup: str, target: str, precision: str) -> float:
     from . import recipe
     from .benchmarks.targets import parse
     from .compress import quantize as quantizers
+    from .export import backends
 
     if "RANK" in os.environ:
         raise UsageError("--speedup is measured, so one process alone can prune to it; give several a --ratio.")
-    parse(target)
     if precision != "fp32":
         quantizers.get(precision)
+    backends.writing(precision, parse(target).runtime)
     wanted = recipe.quantity("speedup", speedup)
     if wanted <= 1:
         raise UsageError(f"A speedup of {wanted:g}x asks for nothing; it must be above 1.")
@@ -774,7 +777,8 @@ def _write_mixed(
     if scheme not in SCHEMES:
         raise UsageError(f"--max-drop keeps operators in float of {' and '.join(SCHEMES)}, not of {scheme}.")
     allowed, (target, batch, seq), (model, data, columns, metric) = recipe.quantity("drop", max_drop), where, source
-    parse(target)
+    if parse(target).runtime != "onnx":
+        raise UnavailableError(f"What operators in float cost is measured in ONNX Runtime, not on '{target}'.")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code, metric)
@@ -874,16 +878,13 @@ def _write_artifact(
     from dataclasses import asdict
 
     from .compress import quantize as quantizers
-    from .errors import UnavailableError
     from .export import backends
     from .models import metrics
     from .plan import QuantizationPlan
 
-    runtime = backends.get(to)
     if scheme != "fp32":
         quantizers.get(scheme)
-    if scheme not in runtime.SCHEMES:
-        raise UsageError(f"The {to} runtime cannot write the scheme '{scheme}' (it can: {', '.join(runtime.SCHEMES)}).")
+    runtime = backends.writing(scheme, to)
     with ExitStack() as stack:
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
         step = screen.progress("export")
@@ -929,7 +930,6 @@ def bench(
     """Measure artifacts against each other; the first is the one the others are compared with."""
     from .benchmarks import compare as comparing
     from .benchmarks import load
-    from .errors import UnavailableError
     from .export.artifact import open_artifact
 
     if data:

@@ -31,6 +31,7 @@ from .compress.quantize import sensitivity
 from .compress.recover import recover
 from .errors import InputError, UnavailableError, UsageError
 from .export import artifact as artifacts
+from .export import backends
 from .export.artifact import Artifact
 from .export.backends import onnx
 from .files import new_folder, write_text
@@ -98,8 +99,9 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     """
     target = targets.parse(recipe.target)
     scorers.get(recipe.score.method)
-    for scheme in recipe.quantize.tried() if recipe.quantize else ():
+    for scheme in recipe.quantize.tried(target.runtime) if recipe.quantize else ():
         quantizers.get(scheme)
+        backends.writing(scheme, target.runtime)
     show = display or Silent()
     with claimed(out, recipe):
         workload = workloads.load(
@@ -127,14 +129,14 @@ class _Run:
 
     def __init__(self, out: Path, recipe: Recipe, workload: Workload, show: Display, target: Target) -> None:
         self.out, self.recipe, self.workload, self.show = out, recipe, workload, show
-        self.target, self.threads = str(target), target.threads
+        self.target, self.threads, self.backend = str(target), target.threads, backends.get(target.runtime)
         self.constraint: Constraint = recipe.limits.constraint()
         self.kept: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []
         self.trace: Mapping[str, Any] = {}
         self.scores: scorers.Scores | None = None
         self.losses: predicted.Predicted | None = None
-        self.schemes = recipe.quantize.tried() if recipe.quantize else ()
+        self.schemes = recipe.quantize.tried(target.runtime) if recipe.quantize else ()
         self.precision = "fp32"
         self.mixed: list[dict[str, Any]] = []
         facts = {"edgepress": __version__, "workload": workload.fingerprint(), "seed": recipe.seed}
@@ -166,10 +168,12 @@ class _Run:
             else:
                 plan = quantizers.quantize(workload, scheme) if scheme != "fp32" else QuantizationPlan("fp32")
             progress(0, 0, "exporting")
-            float_graph = base.artifact if base and base.artifact.precision == "fp32" and scheme != "fp32" else None
-            written = onnx.write(workload, plan, place / "artifact", name=title, base=float_graph)
-            written = self._fastest_form(written, progress)
-            with onnx.open_session(written, threads=self.threads) as session:
+            usable = base and base.artifact.precision == "fp32" and base.artifact.manifest.runtime == "onnx"
+            float_graph = base.artifact if base and usable and scheme != "fp32" else None
+            written = self.backend.write(workload, plan, place / "artifact", name=title, base=float_graph)
+            if self.backend is onnx:
+                written = self._fastest_form(written, progress)
+            with self.backend.open_session(written, threads=self.threads) as session:
                 answers = metrics.session_answers(session.run, self.workload, progress=progress)
             metrics.save_answers(place / "answers.npz", answers)
             original = None if name == "baseline" else metrics.read_answers(self._baseline_folder / "answers.npz")
@@ -302,8 +306,8 @@ class _Run:
         gate refuses that too, or the recipe or the scheme knows no such thing. Every number tried is a stage."""
         scheme, allowed = whole.artifact.precision, self.constraint.max_drop
         options = self.recipe.quantize
-        if not (options and options.mixed) or scheme not in sensitivity.SCHEMES:
-            return None
+        if not (options and options.mixed) or scheme not in sensitivity.SCHEMES or self.backend is not onnx:
+            return None  # what an operator in float costs is measured in ONNX Runtime alone
         entry = next(one for one in reversed(self.refused) if one["variant"] == whole.title)
         if (whole.quality.drop or 0.0) <= allowed or entry["speedup"]["verdict"] != "faster":
             return None  # it was not refused for its quality alone

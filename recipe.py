@@ -94,17 +94,17 @@ class Recover(_Strict):
     """Judgements without better weights after which training ends; 0 for never."""
 
 
-SCHEMES = ("int8", "int8-dynamic")
+SCHEMES = {"onnx": ("int8", "int8-dynamic"), "openvino": ("int8", "bf16")}
 
 
 class Quantize(_Strict):
     scheme: str = "auto"
-    """Of the weights and activations; ``auto`` takes the fastest of ``SCHEMES`` that keeps within the drop."""
+    """Of the weights and activations; ``auto`` takes the fastest of the runtime's ``SCHEMES`` within the drop."""
     mixed: bool = True
     """Leave in float the fewest operators that keep within the drop, where all of them quantized lose too much."""
 
-    def tried(self) -> tuple[str, ...]:
-        return SCHEMES if self.scheme == "auto" else (self.scheme,)
+    def tried(self, runtime: str) -> tuple[str, ...]:
+        return SCHEMES[runtime] if self.scheme == "auto" else (self.scheme,)
 
 
 class Measure(_Strict):

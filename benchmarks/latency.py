@@ -38,15 +38,17 @@ from ..errors import InputError, UsageError
 from ..export import resize
 from ..export.artifact import Artifact
 from ..export.backends import onnx as backend
+from ..export.backends import openvino
 from ..export.resize import Resize
-from ..files import write_text
+from ..files import sha256, write_text
 from ..models import surgery
 from ..models.structure import Site, Structure
 from ..models.workload import Workload
 from ..models.zoo.fetch import cache_folder
 from ..plan import PruningPlan, QuantizationPlan, read_json
-from . import environment, load, targets
+from . import environment, load, runner, targets
 from .measurement import Measurement
+from .targets import Target
 
 Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]
@@ -158,15 +160,14 @@ def measure(
         raise UsageError(f"Sequence {sequence} is longer than the model's {workload.max_length} tokens.")
     where = targets.parse(target)
     machine = environment.fingerprint(where.threads)
-    path = cache_folder() / "latency" / f"{_key(workload, machine, batch, sequence, precision)}.json"
+    key = _key(workload, machine, where.runtime, (batch, sequence, precision))
+    path = cache_folder() / "latency" / f"{key}.json"
     with suppress(InputError):  # none yet, or one that is damaged: it is measured again
         table = LatencyTable.from_json(read_json(path))
         table.costs(workload.structure)
         return table
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(
-            workload, Path(folder), str(where), batch, sequence, precision, rounds, seconds, progress or _silent
-        )
+        bench = _Bench(workload, Path(folder), where, batch, sequence, precision, rounds, seconds, progress or _silent)
         table = bench.table(machine)
     write_text(path, json.dumps(table.to_json()) + "\n")
     return table
@@ -176,16 +177,16 @@ def _silent(_done: int, _total: int, _note: str) -> None:
     pass
 
 
-def _key(workload: Workload, machine: Mapping[str, Any], batch: int, sequence: int, precision: str) -> str:
+def _key(workload: Workload, machine: Mapping[str, Any], runtime: str, shape: tuple[int, int, str]) -> str:
     """What a table depends on: machine and runtime, the architecture with all of its sizes, shape and precision."""
     sites = [(s.kind, s.layer, s.count, s.params, s.macs) for s in workload.structure.sites]
     facts = {
         "version": (FORMAT, __version__),
         "machine": [machine[name] for name in environment.DECISIVE],
-        "runtime": machine["packages"].get("onnxruntime"),
+        "runtime": [runtime, machine["packages"].get(runner.RUNTIMES[runtime][0])],
         "model": [str(workload.module), workload.skeleton.architecture, sites],
         "inputs": {name: (list(value.shape), str(value.dtype)) for name, value in workload.example.items()},
-        "shape": [batch, sequence, precision],
+        "shape": shape,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -222,7 +223,7 @@ class _Bench:
 
     workload: Workload
     folder: Path
-    target: str
+    target: Target
     batch: int
     sequence: int
     precision: str
@@ -257,7 +258,7 @@ class _Bench:
             sites=sites,
             rest_ms=total - sum(series[-1] for series in sites.values()),
             total_ms=total,
-            target=self.target,
+            target=str(self.target),
             precision=self.precision,
             batch=self.batch,
             sequence=self.sequence,
@@ -276,11 +277,24 @@ class _Bench:
 
     def _whole(self) -> tuple[Artifact, str]:
         """The artifact of the whole model, proven, in the graph form that is fastest."""
+        if self.target.runtime == "openvino":
+            return self._for_openvino(), "default"
         written = backend.write(self.workload, self._scheme(self.workload), self.folder / "whole")
         forms = [backend.in_form(written, form) for form in backend.FORMS]
         taken = self._run(forms)
         best = min(range(len(forms)), key=lambda i: share(taken[0], taken[i]))
         return forms[best], list(backend.FORMS)[best]
+
+    def _for_openvino(self) -> Artifact:
+        """As an ONNX file, which OpenVINO reads as well as its own, and whose sizes can be changed."""
+        plan = self._scheme(self.workload)
+        base = backend.write(self.workload, QuantizationPlan("fp32"), self.folder / "float")
+        made = openvino.write(self.workload, plan, self.folder / "openvino", base=base)
+        whole, file = self.folder / "whole", base.manifest.model_file
+        whole.mkdir()
+        onnx.save(openvino.written(onnx.load(base.model_file), plan), whole / file)
+        named = {"model_file": file, "files": {file: sha256(whole / file)}}
+        return Artifact(whole, made.manifest.model_copy(update=named))
 
     def _scheme(self, workload: Workload) -> QuantizationPlan:
         return QuantizationPlan("fp32") if self.precision == "fp32" else quantizers.quantize(workload, self.precision)
@@ -293,6 +307,8 @@ class _Bench:
             pruned = surgery.prune(self.workload, plan)
             exported = backend.export(pruned)
             scheme = self._scheme(pruned)
+            if self.target.runtime == "openvino":
+                return openvino.written(exported, scheme)
             if scheme.scheme == "fp32":
                 return exported
             backend.quantize_graph(exported, scheme, self.folder / "quantized.onnx")
@@ -353,7 +369,7 @@ class _Bench:
     def _run(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
         return load.benchmark(
             artifacts,
-            target=self.target,
+            target=str(self.target),
             batch=self.batch,
             sequence=self.sequence,
             min_queries=self.rounds,

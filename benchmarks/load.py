@@ -46,6 +46,8 @@ def benchmark(
         raise UsageError("There is nothing to measure: no artifact was given.")
     where = targets.parse(target)
     for artifact in artifacts:
+        if where.runtime not in {"onnx", artifact.manifest.runtime}:
+            raise UsageError(f"{artifact.folder} is for {artifact.manifest.runtime}; the target '{where}' is not.")
         if artifact.manifest.runtime not in runner.RUNTIMES:
             raise UnavailableError(
                 f"{artifact.folder} is for {artifact.manifest.runtime}, which cannot be measured yet in this version "

@@ -17,11 +17,11 @@ from ..compress.prune.budget import by_latency, reachable
 from ..compress.prune.predicted import Predicted
 from ..errors import ConstraintError
 from ..export.artifact import Artifact
-from ..export.backends import onnx
+from ..export.backends import onnx, openvino
 from ..models import surgery
 from ..models.workload import Progress, Workload
 from ..plan import PruningPlan, QuantizationPlan
-from . import compare, load
+from . import compare, load, targets
 from .compare import Speedup
 from .latency import LatencyTable
 
@@ -135,4 +135,6 @@ def fit(
 def _artifact(workload: Workload, table: LatencyTable, folder: Path) -> Artifact:
     precise = table.precision == "fp32"
     plan = QuantizationPlan("fp32") if precise else quantizers.quantize(workload, table.precision)
+    if targets.parse(table.target).runtime == "openvino":
+        return openvino.write(workload, plan, folder)
     return onnx.write(workload, plan, folder, form=table.form)

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import edgepress as ep
 import pytest
+from edgepress.errors import UsageError
 from edgepress.export.artifact import open_artifact
 from edgepress.recipe import SCHEMES
 
@@ -116,8 +118,48 @@ def test_a_constraint_that_cannot_be_met(
     assert "Traceback" not in done.stderr
     assert open_artifact(tmp_path / "run/artifact").size_bytes
     assert "level 1: pruned to" in done.stderr
-    assert all(f"{scheme} only: " in done.stderr for scheme in SCHEMES)
+    assert all(f"{scheme} only: " in done.stderr for scheme in SCHEMES["onnx"])
     assert "not met" in (tmp_path / "run/report.md").read_text()
+
+
+@pytest.mark.parametrize("level", ["ffn: 0.5", pytest.param("speedup: 1.1", marks=SLOW)])
+def test_openvino_is_a_target(
+    edgepress: Any, model_folder: Path, reviews_csv: Path, finished_run: Path, tmp_path: Path, level: str
+) -> None:
+    """Its table of latencies, the fit to a speed and every artifact are OpenVINO's own."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "max_length: 64\ntarget: cpu:openvino:1\nlimits: {max_drop: 60}\n"
+        f"levels: [{{{level}}}]\nrecover: {{steps: 0}}\nmeasure: {{sequence: 64, min_queries: 100, min_seconds: 1}}\n"
+    )
+    args = ("--data", reviews_csv, "--columns", "text=review,label=stars", "--recipe", recipe)
+    done = edgepress("compress", model_folder, *args, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert all(f"{scheme} only: " in done.stderr for scheme in SCHEMES["openvino"])
+    assert ("x measured" in done.stderr) == level.startswith("speedup")
+    manifests = list((tmp_path / "run/stages").rglob("manifest.json"))
+    assert len(manifests) >= 3
+    assert {open_artifact(path.parent).manifest.runtime for path in manifests} == {"openvino"}
+    with pytest.raises(UsageError, match="is for onnx; the target 'cpu:openvino:1' is not"):
+        ep.benchmark([open_artifact(finished_run / "artifact")], target="cpu:openvino:1")
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (("compress", "--recipe", "recipe.yaml"), "The openvino runtime cannot write the scheme 'int8-dynamic'"),
+        (("prune", "--speedup", "2x", "--precision", "int4"), "The openvino runtime cannot write the scheme 'int4'"),
+        (("quantize", "--max-drop", "1%"), "measured in ONNX Runtime, not on 'cpu:openvino'"),
+    ],
+)
+def test_what_openvino_cannot_do_is_said_before_anything_is_loaded(
+    edgepress: Any, args: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("quantize: {scheme: int8-dynamic}\n")
+    done = edgepress(args[0], "there/is/no/model", *args[1:], "--target", "cpu:openvino")
+    assert done.returncode == 2
+    assert why in done.stderr
 
 
 def test_the_gate_refuses_what_costs_too_much(

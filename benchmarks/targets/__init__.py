@@ -18,16 +18,21 @@ from ..environment import usable_cpus
 
 TARGETS = ("local",)
 PLANNED = {
-    "cpu:openvino": "OpenVINO as what compress aims at",
     "cuda": "ONNX Runtime on an NVIDIA GPU",
     "tensorrt": "TensorRT",
     "ssh://user@host/cpu:2": "a device over ssh",
 }
 
+THERE_IS = "there is: cpu, cpu:N with a number of threads, cpu:openvino, cpu:openvino:N"
+NO_OPENVINO = "OpenVINO is missing: pip install 'edgepress[openvino]' brings it."
+
 
 @dataclass(frozen=True)
 class Target:
-    """``host`` names a file of this folder; ``threads`` is the size of the pool one operator is split over."""
+    """``host`` names a file of this folder; ``threads`` is the size of the pool one operator is split over.
+
+    ``runtime`` is what artifacts are written for; those that are there already run on their own.
+    """
 
     host: str
     runtime: str
@@ -35,7 +40,8 @@ class Target:
     threads: int
 
     def __str__(self) -> str:
-        return f"{self.device}:{self.threads}"
+        runtime = "" if self.runtime == "onnx" else f":{self.runtime}"
+        return f"{self.device}{runtime}:{self.threads}"
 
 
 def get(host: str) -> ModuleType:
@@ -46,30 +52,35 @@ def get(host: str) -> ModuleType:
 
 
 def parse(text: str) -> Target:
-    """``cpu`` (all usable CPUs) or ``cpu:N`` threads. UnavailableError for what is only planned."""
-    match = re.fullmatch(r"cpu(?::(\d+))?", text)
+    """``cpu`` (all usable CPUs) or ``cpu:N`` threads, for ONNX Runtime; ``cpu:openvino`` or ``cpu:openvino:N``.
+
+    UnavailableError for what is only planned, or not installed.
+    """
+    match = re.fullmatch(r"cpu(:openvino)?(?::(\d+))?", text)
     if match:
         cpus = usable_cpus()
-        threads = int(match[1]) if match[1] else cpus
+        threads = int(match[2]) if match[2] else cpus
         if not 1 <= threads <= cpus:
             raise UsageError(f"The target '{text}' asks for {threads} threads; this machine has {cpus} usable CPUs.")
-        return Target("local", "onnx", "cpu", threads)
+        if match[1] and not find_spec("openvino"):
+            raise UnavailableError(NO_OPENVINO)
+        return Target("local", "openvino" if match[1] else "onnx", "cpu", threads)
     for word, what in PLANNED.items():
-        if text == word or text.split(":", maxsplit=1)[0] == word.split(":")[0] != "cpu":
-            raise UnavailableError(
-                f"The target '{text}' ({what}) is not available yet in this version (there is: cpu, cpu:N)."
-            )
-    raise UsageError(f"There is no target '{text}' (there is: cpu, cpu:N with a number of threads).")
+        if text == word or text.split(":", maxsplit=1)[0] == word.split(":")[0]:
+            raise UnavailableError(f"The target '{text}' ({what}) is not available yet in this version ({THERE_IS}).")
+    raise UsageError(f"There is no target '{text}' ({THERE_IS}).")
 
 
 def listing() -> list[dict[str, Any]]:
     """Every target, whether this machine can run it, and if not what is missing."""
     cpus = usable_cpus()
-    openvino = "OpenVINO" if find_spec("openvino") else "OpenVINO is missing (pip install 'edgepress[openvino]')"
-    rows: list[dict[str, Any]] = [
-        {"target": f"cpu:{n}", "available": True, "note": f"{n} of {cpus} threads; ONNX Runtime, {openvino}"}
-        for n in sorted({1, cpus})
-    ]
+    found = find_spec("openvino") is not None
+    rows: list[dict[str, Any]] = []
+    for n in sorted({1, cpus}):
+        threads = f"{n} of {cpus} threads"
+        rows.append({"target": f"cpu:{n}", "available": True, "note": f"{threads}, ONNX Runtime"})
+        note = f"{threads}, OpenVINO" if found else NO_OPENVINO
+        rows.append({"target": f"cpu:openvino:{n}", "available": found, "note": note})
     rows += [
         {"target": word, "available": False, "note": f"{what}: not available yet in this version"}
         for word, what in PLANNED.items()

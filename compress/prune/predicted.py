@@ -125,7 +125,10 @@ class _Order:
     @property
     def errors(self) -> Floats:
         """The squared error of the readers' outputs by units kept, [units + 1]."""
-        return np.sum([ending.solved.errors.numpy()[ending.columns] for ending in self.endings], axis=0)[::-1]
+        total = np.zeros(len(self.units) + 1)
+        for ending in self.endings:
+            total += ending.solved.errors.numpy()[ending.columns]
+        return total[::-1]
 
 
 def predict(

@@ -19,3 +19,12 @@ def get(name: str) -> ModuleType:
     if name in BACKENDS:
         return import_module(f"{__name__}.{name}")
     raise UsageError(f"There is no runtime '{name}' (known: {', '.join(BACKENDS)}).")
+
+
+def writing(scheme: str, name: str) -> ModuleType:
+    """The runtime ``name``; raises UsageError where it cannot write ``scheme``."""
+    runtime = get(name)
+    if scheme not in runtime.SCHEMES:
+        able = ", ".join(runtime.SCHEMES)
+        raise UsageError(f"The {name} runtime cannot write the scheme '{scheme}' (it can: {able}).")
+    return runtime

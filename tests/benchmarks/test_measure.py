@@ -146,9 +146,12 @@ def test_two_runtimes_interleaved(workload: Any, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(("found", "note"), [(object(), "OpenVINO$"), (None, r"edgepress\[openvino\]")])
 def test_the_list_of_targets_tells_of_openvino(found: Any, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "find_spec", lambda _: found)
-    rows = [row for row in targets.listing() if row["available"]]
+    rows = [row for row in targets.listing() if row["target"].startswith("cpu:openvino:")]
     assert rows
-    assert all(re.search(note, row["note"]) for row in rows)
+    assert all(row["available"] == bool(found) and re.search(note, row["note"]) for row in rows)
+    if not found:
+        with pytest.raises(UnavailableError, match=note):
+            targets.parse("cpu:openvino")
 
 
 def test_real_artifacts_interleaved(workload: Any, tmp_path: Path) -> None:
@@ -172,13 +175,23 @@ def test_real_artifacts_interleaved(workload: Any, tmp_path: Path) -> None:
         ep.benchmark([first], sequence=65)
 
 
-@pytest.mark.parametrize("text", ["cpu:0", "cpu:999", "gpu", "", "cpu:x", "CPU", "; rm"])
+@pytest.mark.parametrize("text", ["cpu:0", "cpu:999", "cpu:openvino:0", "cpu:onnx", "gpu", "", "cpu:x", "CPU", "; rm"])
 def test_targets_that_do_not_exist(text: str) -> None:
     with pytest.raises(UsageError):
         targets.parse(text)
 
 
-@pytest.mark.parametrize("text", ["cuda", "tensorrt", "cpu:openvino", "ssh://me@host/cpu:2"])
+@pytest.mark.parametrize(
+    ("text", "runtime"), [("cpu:1", "onnx"), ("cpu:openvino:1", "openvino"), ("cpu:openvino", "openvino")]
+)
+def test_a_target_says_what_it_is(text: str, runtime: str) -> None:
+    target = targets.parse(text)
+    assert target.runtime == runtime
+    assert str(target).startswith(text)
+    assert targets.parse(str(target)) == target
+
+
+@pytest.mark.parametrize("text", ["cuda", "tensorrt", "ssh://me@host/cpu:2"])
 def test_targets_that_are_planned(text: str) -> None:
     with pytest.raises(UnavailableError, match="not available yet"):
         targets.parse(text)
