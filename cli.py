@@ -684,6 +684,9 @@ def quantize(
         int | None, typer.Option("--seq", help="Of --max-drop: tokens; 128 where the model takes as many.", min=1)
     ] = None,
     metric: MetricOption = None,
+    steps: Annotated[
+        int, typer.Option("--steps", help="Steps of distillation with rounding in the loop, of int8 schemes.", min=0)
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Artifact folder to write; of an .onnx file another one.")
     ] = None,
@@ -693,11 +696,13 @@ def quantize(
 ) -> None:
     """Write an ONNX artifact with weights in fewer bits, or of an .onnx file from anywhere another one."""
     if model.endswith(".onnx"):
-        if max_drop or target or metric or columns:
+        if max_drop or target or metric or columns or steps:
             raise UsageError("An .onnx file takes --data with an .npz file of its inputs, --scheme and -o alone.")
         _write_file(Path(model), data, scheme, out or Path(f"{Path(model).stem}-{scheme}.onnx"), as_json=json_)
         return
     out = out or Path("quantized")
+    if steps and (max_drop is not None or scheme not in {"int8", "int8-dynamic"}):
+        raise UsageError("--steps trains for int8 or int8-dynamic, all of it in 8 bits: leave --max-drop.")
     if max_drop is not None:
         _write_mixed(
             (model, data, columns, metric),
@@ -714,7 +719,16 @@ def quantize(
         option = "--target says where the speed of" if target else "--metric says what is lost under"
         raise UsageError(f"{option} --max-drop is measured; give both.")
     _write_artifact(
-        model, data, columns, "onnx", scheme, out, as_json=json_, seed=seed, trust_remote_code=trust_remote_code
+        model,
+        data,
+        columns,
+        "onnx",
+        scheme,
+        out,
+        steps=steps,
+        as_json=json_,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -873,11 +887,13 @@ def _write_artifact(
     as_json: bool,
     seed: int,
     trust_remote_code: bool,
+    steps: int = 0,
     options: dict[str, Any] | None = None,
 ) -> None:
     from dataclasses import asdict
 
     from .compress import quantize as quantizers
+    from .compress.quantize.distilled import distilled
     from .export import backends
     from .models import metrics
     from .plan import QuantizationPlan
@@ -887,10 +903,17 @@ def _write_artifact(
     runtime = backends.writing(scheme, to)
     with ExitStack() as stack:
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
+        plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(workload, scheme)
+        source = workload
+        if steps:
+            train, state = screen.progress("distil"), _unfinished(out)
+            found = distilled(workload, plan, steps=steps, checkpoint=state, seed=seed, progress=train)
+            source, plan = found.workload, found.plan
         step = screen.progress("export")
         step(0, 0, "writing and proving parity")
-        plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(workload, scheme)
-        artifact = runtime.write(workload, plan, out, name=out.name, **(options or {}))
+        artifact = runtime.write(source, plan, out, name=out.name, **(options or {}))
+        if steps:
+            state.unlink(missing_ok=True)
         judge, judged, quality = screen.progress("evaluate"), metrics.for_artifacts(workload), None
         if len(judged.data.evaluation):
             try:

@@ -28,6 +28,7 @@ from .compress.prune.allocate import by_ratio
 from .compress.prune.budget import choices
 from .compress.prune.reconstruct import reconstruct
 from .compress.quantize import sensitivity
+from .compress.quantize.distilled import distilled
 from .compress.recover import recover
 from .errors import InputError, UnavailableError, UsageError
 from .export import artifact as artifacts
@@ -157,20 +158,21 @@ class _Run:
         scheme: str,
         depends: Mapping[str, Any],
         base: Variant | None,
-        planned: Callable[[], QuantizationPlan] | None = None,
+        planned: Callable[[Progress], tuple[Workload, QuantizationPlan]] | None = None,
     ) -> Variant:
-        """Export in a scheme, by its own plan or the one ``planned``, choose the graph form by measuring, judge the
+        """Export in a scheme, by its own plan or what is ``planned``, choose the graph form by measuring, judge the
         quality through the file."""
 
         def make(place: Path, progress: Progress) -> dict[str, Any]:
             if planned:
-                plan = planned()
+                source, plan = planned(progress)
             else:
+                source = workload
                 plan = quantizers.quantize(workload, scheme) if scheme != "fp32" else QuantizationPlan("fp32")
             progress(0, 0, "exporting")
             usable = base and base.artifact.precision == "fp32" and base.artifact.manifest.runtime == "onnx"
             float_graph = base.artifact if base and usable and scheme != "fp32" else None
-            written = self.backend.write(workload, plan, place / "artifact", name=title, base=float_graph)
+            written = self.backend.write(source, plan, place / "artifact", name=title, base=float_graph)
             if self.backend is onnx:
                 written = self._fastest_form(written, progress)
             with self.backend.open_session(written, threads=self.threads) as session:
@@ -248,7 +250,7 @@ class _Run:
         )
         if wholes and not whole:
             best = min(wholes, key=lambda variant: variant.quality.drop or 0.0)
-            whole = self._mixed(best.artifact.precision, best, self.workload, original)
+            whole = self._mended(best.artifact.precision, best, self.workload, original)
         if whole:
             variants.append(whole)
             self.precision = whole.artifact.precision
@@ -299,7 +301,42 @@ class _Run:
     def _quantized(self, name: str, scheme: str, title: str, workload: Workload, base: Variant) -> Variant | None:
         """``base``, which is in float, in a scheme; None where the gate refuses it."""
         variant = self._artifact(name, title, workload, scheme, {}, base)
-        return variant if self.judge(name, base, variant) else self._mixed(name, variant, workload, base)
+        return variant if self.judge(name, base, variant) else self._mended(name, variant, workload, base)
+
+    def _mended(self, name: str, whole: Variant, workload: Workload, base: Variant) -> Variant | None:
+        """``whole``, which is refused, trained with rounding in the loop, else with some operators in float."""
+        return self._distilled(name, whole, workload, base) or self._mixed(name, whole, workload, base)
+
+    def _distilled(self, name: str, whole: Variant, workload: Workload, base: Variant) -> Variant | None:
+        """None where the gate refuses that too, or the recipe or the scheme knows no such thing."""
+        scheme, options = whole.artifact.precision, self.recipe.quantize
+        if not (options and options.steps and scheme in sensitivity.SCHEMES and self._too_coarse(whole)):
+            return None
+        facts = {"whole": whole.key, "steps": options.steps}
+        name, unfinished = f"distilled-{name}", self.out / "unfinished"
+        state = unfinished / f"{name}-{self.stages.key(name, facts)}.safetensors"
+
+        def train(progress: Progress) -> tuple[Workload, QuantizationPlan]:
+            found = distilled(
+                workload,
+                quantizers.quantize(workload, scheme),
+                original=self.workload,
+                steps=options.steps,
+                checkpoint=state,
+                seed=self.recipe.seed,
+                progress=progress,
+            )
+            return found.workload, found.plan
+
+        title = f"{whole.title}, distilled"
+        variant = self._artifact(name, title, workload, scheme, facts, None, train)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return variant if self.judge(name, base, variant) else None
+
+    def _too_coarse(self, whole: Variant) -> bool:
+        """Whether ``whole`` was refused for its quality alone."""
+        entry = next(one for one in reversed(self.refused) if one["variant"] == whole.title)
+        return (whole.quality.drop or 0.0) > self.constraint.max_drop and entry["speedup"]["verdict"] == "faster"
 
     def _mixed(self, name: str, whole: Variant, workload: Workload, base: Variant) -> Variant | None:
         """``whole``, which is refused, with the fewest operators in float that keep within the drop; None where the
@@ -308,9 +345,8 @@ class _Run:
         options = self.recipe.quantize
         if not (options and options.mixed) or scheme not in sensitivity.SCHEMES or self.backend is not onnx:
             return None  # what an operator in float costs is measured in ONNX Runtime alone
-        entry = next(one for one in reversed(self.refused) if one["variant"] == whole.title)
-        if (whole.quality.drop or 0.0) <= allowed or entry["speedup"]["verdict"] != "faster":
-            return None  # it was not refused for its quality alone
+        if not self._too_coarse(whole):
+            return None
         where: dict[str, Any] = {
             "target": self.target,
             "batch": self.recipe.measure.batch,
@@ -343,7 +379,7 @@ class _Run:
                 scheme,
                 facts,
                 base,
-                lambda: sensitivity.corrected(workload, rounding(), in_float),
+                lambda _: (workload, sensitivity.corrected(workload, rounding(), in_float)),
             )
             self.show.say(f"{title}: {told(made.quality.metric, made.quality.drop or 0.0)}")
             return made

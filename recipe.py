@@ -103,6 +103,9 @@ class Quantize(_Strict):
     mixed: bool = True
     """Leave in float the fewest operators that keep within the drop, where all of them quantized lose too much."""
 
+    steps: int = Field(default=0, ge=0)
+    """Steps of distillation with rounding in the loop, before that, of INT8 that loses too much; 0 for none."""
+
     def tried(self, runtime: str) -> tuple[str, ...]:
         return SCHEMES[runtime] if self.scheme == "auto" else (self.scheme,)
 

@@ -112,6 +112,40 @@ def test_a_recipe_keeps_operators_in_float(
     assert 'id="in-float"' in (tmp_path / "run/report.html").read_text()
 
 
+def test_a_recipe_trains_with_rounding_in_the_loop(
+    here: Any, spoilt: Path, few: Path, small_recipe: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    lines = [line for line in small_recipe.read_text().splitlines() if not line.startswith(("le", "li", "quantize"))]
+    more = "quantize: {scheme: int8-dynamic, steps: 25, mixed: false}"
+    recipe.write_text("\n".join([*lines, "levels: []", "metric: kl", f"limits: {{max_drop: {ALLOWED}}}", more]))
+    args = ("compress", spoilt, "--data", few, *UNLABELLED, "--recipe", recipe, "--json")
+    done = here(*args, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    refusals = {entry["stage"]: entry for entry in found["refused"]}
+    if refusals["int8-dynamic"]["speedup"]["verdict"] != "faster":
+        return
+    kept = {row["name"]: row["quality"]["drop"] for row in found["results"]}
+    kept |= {entry["variant"]: entry["drop"] for entry in found["refused"]}
+    assert kept["int8-dynamic only, distilled"] < 0.7 * refusals["int8-dynamic"]["drop"]
+    assert not list((tmp_path / "run").rglob("unfinished"))
+
+
+def test_steps_train_with_rounding_in_the_loop(here: Any, spoilt: Path, few: Path, tmp_path: Path) -> None:
+    args = ("quantize", spoilt, "--data", few, *UNLABELLED, "--json")
+    assert here(*args, "-o", tmp_path / "before").returncode == 0
+    done = here(*args, "--steps", 25, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["precision"] == "int8-dynamic"
+    assert found["parity"]["cosine"] > 0.99
+    before, after = (open_artifact(tmp_path / name).manifest for name in ("before", "out"))
+    assert before.quantized == after.quantized
+    assert before.files["model.onnx"] != after.files["model.onnx"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+
+
 class Told:
     def __init__(self, drop: float) -> None:
         self.quality = Quality("accuracy", 90, 89, 91, 100, drop, drop, drop)
@@ -134,6 +168,8 @@ def test_where_even_one_quantized_operator_is_too_much_the_last_attempt_is_given
         (("quantize", "zoo:minilm-reviews", "--max-drop", "1%", "--scheme", "int4"), "not of int4"),
         (("quantize", "zoo:minilm-reviews", "--max-drop", "1%", "--target", "toaster"), "no target 'toaster'"),
         (("quantize", "zoo:minilm-reviews", "--target", "cpu"), "give both"),
+        (("quantize", "zoo:minilm-reviews", "--steps", 5, "--scheme", "int4"), "trains for int8"),
+        (("quantize", "zoo:minilm-reviews", "--steps", 5, "--max-drop", "1%"), "leave --max-drop"),
     ],
 )
 def test_bad_use(here: Any, tmp_path: Path, args: tuple[str, ...], message: str) -> None:

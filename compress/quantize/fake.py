@@ -4,7 +4,12 @@ Weights of products are rounded to signed 8 bits with one scale for each output 
 inputs to unsigned 8 bits in the plan's range or, where the scheme is dynamic, in their own. Halves round to even.
 Gradients pass straight through the rounding, and not where a value is clipped.
 
-Source: Jacob et al. 2018 (arXiv 1712.05877); Bengio et al. 2013 (arXiv 1308.3432) for the gradients.
+Ranges of inputs are learned by the same rule: with s = (high - low) / 255, z = round(-low / s) and x rounded to
+s (clip(round(x / s) + z, 0, 255) - z), the derivative by an end is that of what rounding adds where x lies within the
+range, and that of the end itself where x is clipped to it.
+
+Source: Jacob et al. 2018 (arXiv 1712.05877); Bengio et al. 2013 (arXiv 1308.3432) for the gradients; LSQ+, Bhalgat et
+al. 2020 (arXiv 2004.09576) for learned ranges, and LSQ, Esser et al. 2020 (arXiv 1902.08153) for their gradients' scale
 """
 
 from __future__ import annotations
@@ -28,28 +33,82 @@ Span = tuple[float, float]
 
 
 @contextmanager
-def quantized(
-    module: nn.Module, plan: QuantizationPlan, names: Collection[str] | None = None, *, learning: bool = False
-) -> Iterator[None]:
-    """Within the context ``module`` has the plan's state, and the modules ``names`` (all of the plan's) are quantized.
-
-    With ``learning`` weights are rounded anew in every pass, so that parameters that an optimiser changes take effect;
-    without, once.
-    """
+def quantized(module: nn.Module, plan: QuantizationPlan, names: Collection[str] | None = None) -> Iterator[None]:
+    """Within the context ``module`` has the plan's state, and its modules ``names`` (all the plan's) are quantized."""
     with ExitStack() as stack:
         stack.enter_context(holding(module, plan.state))
         for name in plan.weights if names is None else names:
             layer = module.get_submodule(name)
-            if learning:
-                stack.enter_context(_rounding_weight(layer, name, plan))
-            else:
-                weight = _weight(layer, layer.get_parameter("weight").detach(), name, plan)
-                stack.enter_context(holding(module, {f"{name}.weight": weight}))
-            dynamic = plan.scheme.endswith("-dynamic") and not isinstance(layer, nn.Embedding)
-            if name in plan.activations or dynamic:
+            weight = _weight(layer, layer.get_parameter("weight").detach(), name, plan)
+            stack.enter_context(holding(module, {f"{name}.weight": weight}))
+            if name in plan.activations or _dynamic(layer, plan):
                 hook = _rounding_input(plan.activations.get(name), plan.smooth.get(name))
                 stack.callback(layer.register_forward_pre_hook(hook).remove)
         yield
+
+
+class Ranges(nn.Module):
+    """The ends of the range of a layer's input, learned as factors of where they were: e^p, with p zero at first."""
+
+    def __init__(self, span: Span, like: Tensor) -> None:
+        super().__init__()
+        self.span = span
+        self.powers = nn.Parameter(like.new_zeros(2))
+
+    def ends(self) -> Tensor:
+        """Low and high, [2]."""
+        return self.powers.exp() * self.powers.new_tensor(self.span)
+
+    def learned(self) -> Span:
+        low, high = self.ends().detach().double().tolist()
+        return low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` rounded to the range; an end's gradient is over the root of how many numbers and levels it sums up."""
+        share = (x.numel() * LEVELS) ** -0.5
+        low, high = _scaled(self.ends().double(), share)  # as :func:`grid` has them
+        exact = ((high - low) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
+        scale, zero = exact.to(x), _straight(-low / exact).to(x)
+        found: Tensor = scale * ((_straight(x / scale) + zero).clamp(0, LEVELS) - zero)
+        return found
+
+
+@contextmanager
+def learning(module: nn.Module, plan: QuantizationPlan) -> Iterator[dict[str, Ranges]]:
+    """Within the context the layers of ``plan`` are quantized, their weights anew in every pass, so that parameters
+    that an optimiser changes take effect; ranges of inputs are parameters of the layers too, and what is yielded.
+
+    The plan has no state: it is in the module already. Layers of one range, as those that read the same tensor have,
+    go on sharing it.
+    """
+    found: dict[str, Ranges] = {}
+    shared: dict[Span, Ranges] = {}
+    with ExitStack() as stack:
+        for name in plan.weights:
+            layer = module.get_submodule(name)
+            stack.enter_context(_rounding_weight(layer, name, plan))
+            if name in plan.activations:
+                span, like = plan.activations[name], layer.get_parameter("weight")
+                found[name] = layer.input_range = shared.setdefault(span, Ranges(span, like))
+                stack.callback(layer.__delattr__, "input_range")
+            if name in plan.activations or _dynamic(layer, plan):
+                hook = _rounding_input(found.get(name), plan.smooth.get(name))
+                stack.callback(layer.register_forward_pre_hook(hook).remove)
+        yield found
+
+
+def _dynamic(layer: nn.Module, plan: QuantizationPlan) -> bool:
+    return plan.scheme.endswith("-dynamic") and not isinstance(layer, nn.Embedding)
+
+
+def _straight(x: Tensor) -> Tensor:
+    """``x`` rounded, with the gradient of ``x``."""
+    return x + (x.round() - x).detach()
+
+
+def _scaled(x: Tensor, share: float) -> Tensor:
+    """``x``, with ``share`` of its gradient."""
+    return x * share + (x - x * share).detach()
 
 
 @contextmanager
@@ -120,9 +179,11 @@ def _rounding_weight(layer: nn.Module, name: str, plan: QuantizationPlan) -> Ite
             hook.remove()
 
 
-def _rounding_input(span: Span | None, smooth: Tensor | None) -> Any:
+def _rounding_input(span: Span | Ranges | None, smooth: Tensor | None) -> Any:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0] if smooth is None else args[0] / smooth.to(args[0])
+        if isinstance(span, Ranges):
+            return span(x), *args[1:]
         low, high = span or (float(x.detach().amin().clamp(max=0)), float(x.detach().amax().clamp(min=0)))
         return rounded_input(x, (low, high)), *args[1:]
 

@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,8 @@ from ...errors import UnavailableError, UsageError
 from ...models import tasks
 from ...models.surgery import prune as copy_of
 from ...models.workload import Progress, Workload, check_finite
-from ...plan import PruningPlan
+from ...plan import PruningPlan, QuantizationPlan
+from ..quantize import fake
 from . import lora
 from .flow import DivergedError
 from .loop import Options, Training
@@ -52,6 +53,8 @@ class Recovered:
     ``events``: what was wrong and what was done, as flow.py says; a number that is not finite is None. Where rows are
     held out, ``held_out`` is the metric on them after the step."""
     layers: tuple[str, ...]
+    quantization: QuantizationPlan | None = None
+    """The one that was trained for, with the ranges that were learned."""
 
 
 def recover(
@@ -67,6 +70,7 @@ def recover(
     precision: Precision = "auto",
     evaluate_every: int = 0,
     patience: int = 0,
+    quantization: QuantizationPlan | None = None,
     checkpoint: Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -77,14 +81,18 @@ def recover(
     losses.py, ``temperature`` is that of ``kl``. With a ``rank`` only low-rank adapters are trained, and merged in the
     end. With ``precision`` ``auto`` the forward passes are in bfloat16 on a GPU that has it. With ``evaluate_every`` a
     tenth of the training rows is held out and judged every so many steps; the best weights are returned, and after
-    ``patience`` judgements without better ones training ends. The file ``checkpoint`` keeps the state of every 20th
-    step, from which the same call goes on after it was killed. Deterministic by ``seed`` on one machine.
+    ``patience`` judgements without better ones training ends. With a ``quantization``, whose state is in the module
+    already, the copy answers as it will once that is written, and is trained to do so; see fake.py. The file
+    ``checkpoint`` keeps the state of every 20th step, from which the same call goes on after it was killed.
+    Deterministic by ``seed`` on one machine.
 
     Raises DivergedError where lower rates do not help, InputError where the pruned model is not finite to begin with or
     the state cannot be read, UsageError for options that do not go together or a state of another run.
     """
     if patience and not evaluate_every:
         raise UsageError(f"A patience of {patience} needs evaluate_every, which says how often rows are judged.")
+    if quantization and rank:
+        raise UsageError("Adapters are not trained with quantization in the loop: leave the rank, or the quantization.")
     check_finite(pruned.module, "The pruned model")
     options = Options(steps, batch, lr, evaluate_every, patience, seed)
     facts = {
@@ -93,16 +101,22 @@ def recover(
         "temperature": temperature,
         "rank": rank,
         "precision": precision,
+        **({"quantization": quantization.to_json()} if quantization else {}),
     }
     accelerator, sharded = _accelerator()
     if accelerator.num_processes > 1 and original.task is tasks.RETRIEVAL:
         # a row is compared with the others of its batch, and a process sees its own share of them only
         raise UnavailableError(f"{original.name} compares the rows of a batch, so one process alone can recover it.")
+    if accelerator.num_processes > 1 and quantization:
+        raise UnavailableError("Quantization is trained with in one process alone in this version.")
     if sharded and set(losses) == {"relations"}:
         # gradients would start within a block, whose weights are gathered again when they reach its output
         raise UnavailableError("FSDP cannot train by the loss 'relations' alone; add 'hidden' to it.")
     student = copy_of(pruned, PruningPlan())
-    with _at_work(accelerator.device, original, *([] if sharded else [student])):
+    with (
+        _at_work(accelerator.device, original, *([] if sharded else [student])),
+        fake.learning(student.module, quantization or QuantizationPlan("fp32")) as ranges,
+    ):
         weights = _trained(student.module, rank, seed)
         training = Training(
             accelerator,
@@ -127,7 +141,10 @@ def recover(
             lora.merge(student.module)
     for parameter in student.module.parameters():
         parameter.requires_grad_(True)
-    return Recovered(student, tuple(training.trace), training.flow.layers)
+    if quantization:
+        learned = {name: one.learned() for name, one in ranges.items()}
+        quantization = replace(quantization, activations={**quantization.activations, **learned})
+    return Recovered(student, tuple(training.trace), training.flow.layers, quantization)
 
 
 def _accelerator() -> tuple[Accelerator, bool]:

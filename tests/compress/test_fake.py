@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from edgepress.compress.quantize.choice import products, tables
-from edgepress.compress.quantize.fake import grid, quantized
+from edgepress.compress.quantize.fake import LEVELS, Ranges, grid, learning, quantized, rounded_input
 from edgepress.models.layers import matrix
 from edgepress.plan import Codes, QuantizationPlan
 from torch import Tensor, nn
@@ -76,9 +76,9 @@ def _everything(workload: Any) -> QuantizationPlan:
     return QuantizationPlan("int8", weights, dict.fromkeys(products(workload), (-1.0, 1.0)))
 
 
-@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("changed", [quantized, learning])
 def test_the_module_is_what_it_was_afterwards_even_after_an_error(
-    learning: bool, with_rows: Callable[..., Any]
+    changed: Callable[..., Any], with_rows: Callable[..., Any]
 ) -> None:
     workload = with_rows("gpt2")
     plan, module = _everything(workload), workload.module
@@ -86,9 +86,9 @@ def test_the_module_is_what_it_was_afterwards_even_after_an_error(
     hooks = [(len(child._forward_pre_hooks), len(child._forward_hooks)) for child in module.modules()]
     with torch.no_grad():
         before = workload.forward(workload.example)
-        with quantized(module, plan, learning=learning):
+        with changed(module, plan):
             assert not torch.allclose(workload.forward(workload.example), before)
-        with pytest.raises(RuntimeError), quantized(module, plan, learning=learning):
+        with pytest.raises(RuntimeError), changed(module, plan):
             module(torch.zeros(1, 3, 5, 7))
         assert torch.equal(workload.forward(workload.example), before)
     after = list(module.named_parameters(remove_duplicate=False))
@@ -120,15 +120,49 @@ def test_gradients_pass_straight_through_and_steps_take_effect() -> None:
     module, x = _layer("Linear"), torch.randn(30, 12)
     plan = QuantizationPlan("int8", {"0": "int8"}, {"0": (-1.0, 1.0)})
     given = x.clone().requires_grad_()
-    with quantized(module, plan, learning=True):
+    with learning(module, plan):
         out = module(given)
         out.sum().backward()
-        step = grid((-1.0, 1.0))[0]
-        inside = (x > -1 - step / 4) & (x < 1 + step / 4)
-        clear = inside == ((x > -1 + step) & (x < 1 - step))
-        assert torch.equal((given.grad != 0)[clear], inside[clear])
+        step, zero = grid((-1.0, 1.0))
+        code = (x / step).round() + zero
+        assert torch.equal(given.grad != 0, (code >= 0) & (code <= LEVELS))
         rounded_x = (x / step).round().clamp(-128, 127) * step
         assert torch.allclose(module[0].weight.grad, rounded_x.sum(0).expand(7, 12), atol=step * 30)
         with torch.no_grad():
             module[0].weight.add_(1.0)
         assert not torch.allclose(module(x), out)
+
+
+def test_a_learned_range_starts_as_the_plan_s_and_has_the_gradients_of_its_ends() -> None:
+    """Inside by what rounding adds (LSQ+, equations 4 and 5), outside by the end that a value is clipped to."""
+    span, x = (-0.7, 1.3), torch.randn(200, 3, dtype=torch.float64)
+    ranges = Ranges(span, x)
+    rounded_x = ranges(x)
+    assert torch.allclose(rounded_x, rounded_input(x.float(), span).double(), atol=1e-5)
+    scale, zero = grid(span)
+    code = (x / scale).round() + zero
+    weight = torch.randn_like(x)
+    (rounded_x * weight).sum().backward()
+    inside = (code >= 0) & (code <= LEVELS)
+    by_scale = torch.where(inside, (code - zero) - x / scale, code.clamp(0, LEVELS) - zero)
+    by_zero = -scale * (~inside).double()
+    # z = -low / s, whose derivative by s is low / s²
+    by_low = (by_scale + by_zero * span[0] / scale**2) * -1 / LEVELS + by_zero * -1 / scale
+    by_high = (by_scale + by_zero * span[0] / scale**2) / LEVELS
+    share = (x.numel() * LEVELS) ** -0.5
+    expected = [float((one * weight).sum()) * end * share for one, end in zip((by_low, by_high), span, strict=True)]
+    assert ranges.powers.grad is not None
+    np.testing.assert_allclose(ranges.powers.grad, expected, rtol=1e-9)
+
+
+def test_a_range_that_clips_too_much_learns_to_clip_less() -> None:
+    x = torch.randn(500, 4)
+    ranges = Ranges((-0.5, 0.5), x)
+    optimizer = torch.optim.Adam(ranges.parameters(), lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (ranges(x) - x).square().mean().backward()
+        optimizer.step()
+    low, high = ranges.learned()
+    assert low < -1.5
+    assert high > 1.5
