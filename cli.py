@@ -824,8 +824,12 @@ def export(
     to: Annotated[str, typer.Option("--to", help="onnx, openvino or tensorrt.")] = "onnx",
     scheme: Annotated[
         str,
-        typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8."),
+        typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8, for onnx all of quantize."),
     ] = "fp32",
+    cache: Annotated[
+        int | None,
+        typer.Option("--cache", help="Of --to onnx: a language model keeps keys and values, of so many tokens.", min=1),
+    ] = None,
     capability: Annotated[
         str | None,
         typer.Option("--capability", help="Of --to tensorrt: sm80, sm86, sm89 … ahead of time; else the GPU's own."),
@@ -844,6 +848,10 @@ def export(
         options = {"capability": capability, "sparse": sparse}
     elif capability or sparse:
         raise UsageError(f"{'--capability' if capability else '--sparse'} is of --to tensorrt, not of --to {to}.")
+    if cache and to != "onnx":
+        raise UsageError(f"--cache is of --to onnx, not of --to {to}.")
+    if cache:
+        options = {"cache": cache}
     _write_artifact(
         model,
         data,
@@ -919,6 +927,9 @@ def bench(
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes: 1,8.")] = "1",
     seq: Annotated[str, typer.Option("--seq", help="Sequence lengths: 32,128.")] = "128",
+    past: Annotated[
+        int, typer.Option("--past", help="Tokens before, whose keys and values are given (export --cache).", min=0)
+    ] = 0,
     queries: Annotated[int, typer.Option("--queries", help="Runs of each artifact.", min=30)] = 1000,
     seconds: Annotated[float, typer.Option("--seconds", help="Or this long for each, whichever ends first.")] = 10.0,
     data: Data = None,
@@ -947,6 +958,7 @@ def bench(
                         target=where,
                         batch=size,
                         sequence=length,
+                        past=past,
                         min_queries=queries,
                         min_seconds=seconds,
                         progress=screen.progress(f"{where} {size}x{length}"),
@@ -960,6 +972,7 @@ def bench(
     for start in range(0, len(rows), per_shape):
         first, *others = rows[start : start + per_shape]
         tokens = f" x sequence {first['sequence']}" if first["sequence"] else ""
+        tokens += f" after {first['past']}" if first["past"] else ""
         print(f"{first['target']}, batch {first['batch']}{tokens}")
         _table(first, others, None)
 

@@ -15,10 +15,13 @@ from torch import Tensor
 from ..errors import EdgepressError
 from ..models.examples import example
 from ..models.workload import Workload
+from . import cache
 from .artifact import Parity
 
-ODD = {"batch": 3, "sequence": 37, "decoder_sequence": 5}
+ODD = {"batch": 3, "sequence": 37, "decoder_sequence": 5, "past_sequence": 5}
 """The axes that can be dynamic, and a size of each that is no power of two."""
+
+MODULE = "the PyTorch module"
 
 Feeds = dict[str, NDArray[Any]]
 Run = Callable[[Feeds], NDArray[Any]]
@@ -38,8 +41,15 @@ class ParityError(EdgepressError):
 def corners(workload: Workload) -> list[dict[str, int]]:
     """Sizes of the dynamic axes by name: the corners of their ranges, and odd ones inside."""
     axes = {axis.name: axis for of_input in workload.input_axes.values() for axis in of_input.values()}
-    sizes = {name: sorted({1, min(odd, axes[name].max), axes[name].max}) for name, odd in ODD.items() if name in axes}
-    return [dict(zip(sizes, chosen, strict=True)) for chosen in itertools.product(*sizes.values())]
+    sizes = {
+        name: sorted({axes[name].min, min(odd, axes[name].max), axes[name].max})
+        for name, odd in ODD.items()
+        if name in axes
+    }
+    found = [dict(zip(sizes, chosen, strict=True)) for chosen in itertools.product(*sizes.values())]
+    if "total_sequence" not in axes:
+        return found
+    return [one for one in found if one["past_sequence"] + one["sequence"] <= axes["total_sequence"].max]
 
 
 def feeds(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
@@ -80,7 +90,7 @@ def _repeated(workload: Workload, count: int) -> dict[str, Tensor]:
     return found
 
 
-def prove(workload: Workload, run: Run, *, precision: str, reference: str = "the PyTorch module") -> Parity:
+def prove(workload: Workload, run: Run, *, precision: str, reference: str = MODULE) -> Parity:
     """Parity of a freshly written file with the module, at the corners of the declared range, on calibration rows."""
 
     def module(feed: Feeds) -> NDArray[Any]:
@@ -90,6 +100,49 @@ def prove(workload: Workload, run: Run, *, precision: str, reference: str = "the
 
     inputs = (feeds(workload, sizes) for sizes in corners(workload))
     return check(run, module, inputs, precision=precision, reference_name=reference)
+
+
+def prove_steps(
+    workload: Workload, run: Callable[[Feeds], list[NDArray[Any]]], *, precision: str, reference: str = MODULE
+) -> Parity:
+    """Parity of a step after a past, whose keys and values it gave before, with the module that reads all at once.
+
+    Rows are padded on the left, each by another length; what is answered to padding says nothing.
+    """
+
+    def steps(feed: Feeds) -> NDArray[Any]:
+        before, mask = feed["past_input_ids"], feed["attention_mask"]
+        past = before.shape[1]
+        made = run({"input_ids": before, "attention_mask": mask[:, :past]}) if past else None
+        kept = {} if made is None else cache.kept(workload, made)
+        logits = run({"input_ids": feed["input_ids"], "attention_mask": mask, **kept})[0]
+        whole: NDArray[Any] = logits * mask[:, past:, None]
+        return whole
+
+    def module(feed: Feeds) -> NDArray[Any]:
+        ids, mask = np.concatenate([feed["past_input_ids"], feed["input_ids"]], axis=1), feed["attention_mask"]
+        past = feed["past_input_ids"].shape[1]
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        with torch.no_grad():
+            logits = workload.module(**inputs, position_ids=cache.positions(inputs["attention_mask"], 0)).logits
+        whole: NDArray[Any] = logits[:, past:].numpy() * mask[:, past:, None]
+        return whole
+
+    inputs = (_split(workload, sizes) for sizes in corners(workload))
+    return check(steps, module, inputs, precision=precision, reference_name=reference)
+
+
+def _split(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
+    """Rows of exactly these sizes: real tokens, over and over, behind padding of 0 to 3 places."""
+    rows, count, past = workload.data.calibration, sizes["batch"], sizes["past_sequence"]
+    total = past + sizes["sequence"]
+    made = rows.padded(np.arange(count) % len(rows)) if len(rows) else _random(workload, count)
+    ids, mask = np.zeros((count, total), np.int64), np.ones((count, total), np.int64)
+    for row in range(count):
+        padding = row % min(4, total)
+        real = made["input_ids"][row][made["attention_mask"][row] == 1].numpy()
+        ids[row, padding:], mask[row, :padding] = np.resize(real, total - padding), 0
+    return {"input_ids": ids[:, past:], "past_input_ids": ids[:, :past], "attention_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -114,6 +167,8 @@ def check(run: Run, reference: Run, inputs: Iterable[Feeds], *, precision: str, 
     found: dict[tuple[int, ...], _Difference] = {}
     for feed in inputs:
         shape = tuple(next(iter(feed.values())).shape)
+        if "past_input_ids" in feed:
+            shape = (*shape, feed["past_input_ids"].shape[1])
         found[shape] = _difference(run(feed), reference(feed), shape)
     largest = max(1e-12, *(one.largest for one in found.values()))
     total = sum(one.size for one in found.values())
