@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import onnx
 import pytest
 import torch
 from edgepress.errors import UnavailableError, UsageError
-from edgepress.export import cache, parity
+from edgepress.export import cache, generate, parity
 from edgepress.export.artifact import Artifact, open_artifact
 from edgepress.export.backends.onnx import open_session, write
 from edgepress.models import families, mapping, surgery
@@ -124,13 +126,17 @@ def test_after_any_past_the_keys_values_and_logits_are_the_modules(
         np.testing.assert_allclose(got, tensor.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
-def test_pruned_to_layers_of_unequal_heads(name: str, tmp_path: Path) -> None:
-    """Proven as it is written; Qwen2's second layer looks at four tokens alone."""
-    pruned = unevenly_pruned(decoder(name))
-    artifact = ep.export(pruned, tmp_path / "pruned", cache=TOKENS)
+@pytest.fixture(scope="module", params=["gpt2", "qwen2"])
+def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workload, Artifact]:
+    """Two layers of unequal heads; Qwen2's second looks at four tokens alone."""
+    workload = unevenly_pruned(decoder(request.param))
+    return workload, ep.export(workload, tmp_path_factory.mktemp("pruned") / "step", cache=TOKENS)
+
+
+def test_pruned_to_layers_of_unequal_heads(pruned: tuple[Workload, Artifact]) -> None:
+    workload, artifact = pruned
     heads = [artifact.manifest.inputs[f"past_key_values.{layer}.key"].shape[1] for layer in (0, 1)]
-    assert heads == ([4, 3] if name == "gpt2" else [2, 1])
+    assert heads == ([4, 3] if workload.name == "gpt2" else [2, 1])
     assert artifact.manifest.parity is not None
     assert artifact.manifest.parity.max_rel < 1e-5
 
@@ -185,6 +191,65 @@ def test_a_length_that_would_be_fixed_is_refused(llama: Workload, tmp_path: Path
 
     with pytest.raises(UnavailableError, match="past_sequence"):
         ep.export(replace(llama, module=Fixed(llama.module)), tmp_path / "x", cache=TOKENS)
+
+
+def same_tokens(workload: Workload, artifact: Artifact, prompts: torch.Tensor, new: int) -> None:
+    """The tokens of ``module.generate``, one row at least ended by a token that is one of its own."""
+    mask = torch.ones_like(prompts)
+    for row in range(1, len(prompts)):
+        mask[row, : 2 * row], prompts[row, : 2 * row] = 0, 0
+    module: Any = workload.module
+    greedy = {"attention_mask": mask, "do_sample": False, "num_beams": 1, "max_new_tokens": new, "pad_token_id": 0}
+    free = module.generate(prompts, **greedy, eos_token_id=-1)
+    assert free.shape[1] == prompts.shape[1] + new
+    end = int(free[0, prompts.shape[1] + new // 3])
+    opened = generate.open_decoder(artifact.folder)
+    for eos in ((), (end,), free[:, -new // 2].unique().tolist()):
+        wanted = module.generate(prompts, **greedy, eos_token_id=list(eos) or -1)
+        found = generate.generate(opened, prompts.numpy(), mask.numpy(), max_new_tokens=new, eos=eos)
+        np.testing.assert_array_equal(found, wanted.numpy())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_generation_gives_the_tokens_of_pytorch(llama: Workload, exported: Artifact, rows: int) -> None:
+    prompts = torch.randint(3, 96, (rows, 9), generator=torch.Generator().manual_seed(rows))
+    same_tokens(llama, exported, prompts, new=TOKENS - 9)
+
+
+def test_generation_from_a_pruned_model(pruned: tuple[Workload, Artifact]) -> None:
+    prompts = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0))
+    same_tokens(*pruned, prompts, new=TOKENS - 9)
+
+
+@pytest.mark.slow
+def test_generation_of_a_trained_model(tmp_path: Path) -> None:
+    workload = ep.load("zoo:smollm2-135m")
+    artifact = ep.export(workload, tmp_path / "step", cache=96)
+    prompts = workload.data.evaluation.padded(np.arange(3))["input_ids"][:, :32].clone()
+    same_tokens(workload, artifact, prompts, new=64)
+
+
+def test_generation_needs_no_torch(exported: Artifact, tmp_path: Path) -> None:
+    """One file beside the artifact, in a process that can import neither torch nor edgepress."""
+    shutil.copy(generate.__file__, tmp_path / "generate.py")
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['edgepress'] = None\n"
+        "import generate, numpy\n"
+        f"decoder = generate.open_decoder({str(exported.folder)!r})\n"
+        "print(generate.generate(decoder, numpy.array([[3, 4, 5]]), max_new_tokens=4).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "(1, 7)", done.stderr
+
+
+def test_generation_refuses_what_was_not_proven(exported: Artifact, tmp_path: Path) -> None:
+    opened = generate.open_decoder(exported.folder)
+    with pytest.raises(ValueError, match=f"30 tokens and 11 new ones are more than the {TOKENS}"):
+        generate.generate(opened, np.ones((1, 30), np.int64), max_new_tokens=11)
+    manifest = exported.manifest.model_copy(update={"inputs": {}})
+    (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
+    with pytest.raises(ValueError, match="keeps no keys and values"):
+        generate.open_decoder(tmp_path)
 
 
 def test_from_the_command_line(
