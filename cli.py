@@ -18,6 +18,8 @@ from .errors import ConstraintError, EdgepressError, UsageError
 if TYPE_CHECKING:
     from .benchmarks.speed import Fitted
     from .compress.score import Scores
+    from .export.artifact import Artifact
+    from .export.parity import Feeds
     from .models.workload import Progress, Workload
     from .pipeline import Outcome
 
@@ -883,8 +885,8 @@ def _write_artifact(
 
     from .compress import quantize as quantizers
     from .errors import UnavailableError
-    from .export import backends
-    from .models import metrics
+    from .export import backends, towers
+    from .models import metrics, tasks
     from .plan import QuantizationPlan
 
     runtime = backends.get(to)
@@ -896,25 +898,44 @@ def _write_artifact(
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
         step = screen.progress("export")
         step(0, 0, "writing and proving parity")
-        plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(workload, scheme)
-        artifact = runtime.write(workload, plan, out, name=out.name, **(options or {}))
+
+        def write(part: Workload, folder: Path) -> Artifact:
+            plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(part, scheme)
+            name = out.name if folder == out else f"{out.name}-{folder.name}"
+            written: Artifact = runtime.write(part, plan, folder, name=name, **(options or {}))
+            return written
+
+        paired = workload.task is tasks.RETRIEVAL
+        artifacts = towers.write(workload, out, write) if paired else [write(workload, out)]
         judge, judged, quality = screen.progress("evaluate"), metrics.for_artifacts(workload), None
         if len(judged.data.evaluation):
             try:
-                with runtime.open_session(artifact, threads=os.cpu_count() or 1) as session:
-                    quality = metrics.of_session(session.run, judged, seed=seed, progress=judge)
+                opened = [runtime.open_session(one, threads=os.cpu_count() or 1) for one in artifacts]
+                sessions = [stack.enter_context(one) for one in opened]
+
+                def run(feeds: Feeds) -> list[Any]:
+                    return [
+                        session.run({name: feeds[name] for name in one.manifest.inputs if name in feeds})[0]
+                        for one, session in zip(artifacts, sessions, strict=True)
+                    ]
+
+                quality = metrics.of_session(run, judged, seed=seed, progress=judge)
             except UnavailableError as error:  # an engine for another machine
                 screen.say(f"note: its quality is not known. {error}")
-    parity = artifact.manifest.parity
-    assert parity is not None
-    figures = parity.model_dump(mode="json")
-    document = {"artifact": str(out), "precision": artifact.precision, "parity": figures, "quality": None}
-    document["quality"] = asdict(quality) if quality else None
+    parts: list[dict[str, Any]] = []
+    for one in artifacts:
+        assert one.manifest.parity is not None
+        figures = one.manifest.parity.model_dump(mode="json")
+        parts.append({"artifact": str(one.folder), "precision": one.precision, "parity": figures})
+    whole = {"artifact": str(out), "towers": parts} if paired else parts[0]
     if as_json:
-        _print(document)
+        _print({**whole, "quality": asdict(quality) if quality else None})
         return
-    print(f"artifact   {out} ({artifact.size_bytes / 1e6:.1f} MB, {artifact.precision})")
-    print(f"parity     max abs {parity.max_abs:.2e}, cosine {parity.cosine:.6f}, at {len(parity.shapes)} shapes")
+    for one in artifacts:
+        parity = one.manifest.parity
+        assert parity is not None
+        print(f"artifact   {one.folder} ({one.size_bytes / 1e6:.1f} MB, {one.precision})")
+        print(f"parity     max abs {parity.max_abs:.2e}, cosine {parity.cosine:.6f}, at {len(parity.shapes)} shapes")
     if quality:
         print(f"{quality.metric}   {quality.value:.2f} [{quality.low:.2f}, {quality.high:.2f}]")
 

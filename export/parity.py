@@ -23,6 +23,9 @@ ODD = {"batch": 3, "sequence": 37, "decoder_sequence": 5, "past_sequence": 5}
 
 MODULE = "the PyTorch module"
 
+MOST_TOKENS = 1024
+"""What a proof of steps reads at once: logits over a whole vocabulary are a hundred thousand numbers a token."""
+
 Feeds = dict[str, NDArray[Any]]
 Run = Callable[[Feeds], NDArray[Any]]
 
@@ -39,7 +42,10 @@ class ParityError(EdgepressError):
 
 
 def corners(workload: Workload) -> list[dict[str, int]]:
-    """Sizes of the dynamic axes by name: the corners of their ranges, and odd ones inside."""
+    """Sizes of the dynamic axes by name: the corners of their ranges, and odd ones inside.
+
+    Of steps after a past those that are possible, and of several rows at once no more than ``MOST_TOKENS``.
+    """
     axes = {axis.name: axis for of_input in workload.input_axes.values() for axis in of_input.values()}
     sizes = {
         name: sorted({axes[name].min, min(odd, axes[name].max), axes[name].max})
@@ -47,9 +53,15 @@ def corners(workload: Workload) -> list[dict[str, int]]:
         if name in axes
     }
     found = [dict(zip(sizes, chosen, strict=True)) for chosen in itertools.product(*sizes.values())]
-    if "total_sequence" not in axes:
-        return found
-    return [one for one in found if one["past_sequence"] + one["sequence"] <= axes["total_sequence"].max]
+    if "total_sequence" in axes:
+        totals = [one["past_sequence"] + one["sequence"] for one in found]
+        most = axes["total_sequence"].max
+        found = [
+            one
+            for one, total in zip(found, totals, strict=True)
+            if total <= most and (one["batch"] == 1 or one["batch"] * total <= MOST_TOKENS)
+        ]
+    return found
 
 
 def feeds(workload: Workload, sizes: Mapping[str, int]) -> Feeds:

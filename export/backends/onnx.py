@@ -125,7 +125,7 @@ def export(workload: Workload) -> onnx.ModelProto:
     Raises UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token.
     """
     if workload.task is tasks.RETRIEVAL:
-        raise UnavailableError(f"{workload.name} has two towers; their export is not available yet in this version.")
+        raise UnavailableError(f"{workload.name} has two towers, each of which is a graph of its own (export.towers).")
     pair = workload.skeleton.config.get("is_encoder_decoder") and "input_ids" in workload.example
     if pair and workload.task in {tasks.CLASSIFICATION, tasks.REGRESSION}:
         raise UnavailableError(f"{workload.name} looks for its text's end; its export is not available yet.")
