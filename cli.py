@@ -830,7 +830,7 @@ def export(
     ] = "fp32",
     cache: Annotated[
         int | None,
-        typer.Option("--cache", help="Of --to onnx: a language model keeps keys and values, of so many tokens.", min=1),
+        typer.Option("--cache", help="Of --to onnx: what writes text keeps keys and values, of so many tokens.", min=1),
     ] = None,
     capability: Annotated[
         str | None,
@@ -885,7 +885,7 @@ def _write_artifact(
 
     from .compress import quantize as quantizers
     from .errors import UnavailableError
-    from .export import backends, towers
+    from .export import backends, encoder_decoder, towers
     from .models import metrics, tasks
     from .plan import QuantizationPlan
 
@@ -899,26 +899,34 @@ def _write_artifact(
         step = screen.progress("export")
         step(0, 0, "writing and proving parity")
 
+        more = dict(options or {})
+
         def write(part: Workload, folder: Path) -> Artifact:
             plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(part, scheme)
             name = out.name if folder == out else f"{out.name}-{folder.name}"
-            written: Artifact = runtime.write(part, plan, folder, name=name, **(options or {}))
+            written: Artifact = runtime.write(part, plan, folder, name=name, **more)
             return written
 
-        paired = workload.task is tasks.RETRIEVAL
-        artifacts = towers.write(workload, out, write) if paired else [write(workload, out)]
+        if workload.task is tasks.RETRIEVAL:
+            artifacts, word = towers.write(workload, out, write), "towers"
+        elif "cache" in more and encoder_decoder.has_parts(workload):
+            artifacts, word = encoder_decoder.write(workload, more.pop("cache"), out, write), "parts"
+        else:
+            artifacts, word = [write(workload, out)], ""
         judge, judged, quality = screen.progress("evaluate"), metrics.for_artifacts(workload), None
         if len(judged.data.evaluation):
             try:
                 opened = [runtime.open_session(one, threads=os.cpu_count() or 1) for one in artifacts]
                 sessions = [stack.enter_context(one) for one in opened]
 
-                def run(feeds: Feeds) -> list[Any]:
+                def apart(feeds: Feeds) -> list[Any]:
                     return [
                         session.run({name: feeds[name] for name in one.manifest.inputs if name in feeds})[0]
                         for one, session in zip(artifacts, sessions, strict=True)
                     ]
 
+                runs = [session.run for session in sessions]
+                run = encoder_decoder.joined(*runs) if word == "parts" else apart
                 quality = metrics.of_session(run, judged, seed=seed, progress=judge)
             except UnavailableError as error:  # an engine for another machine
                 screen.say(f"note: its quality is not known. {error}")
@@ -927,7 +935,7 @@ def _write_artifact(
         assert one.manifest.parity is not None
         figures = one.manifest.parity.model_dump(mode="json")
         parts.append({"artifact": str(one.folder), "precision": one.precision, "parity": figures})
-    whole = {"artifact": str(out), "towers": parts} if paired else parts[0]
+    whole = {"artifact": str(out), word: parts} if word else parts[0]
     if as_json:
         _print({**whole, "quality": asdict(quality) if quality else None})
         return

@@ -19,10 +19,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..errors import UnavailableError, UsageError
 from ..models import tasks
 from ..models.examples import longest
-from ..models.workload import PAST, Workload
+from ..models.workload import PAST, Axis, Workload
 
 PRESENT = "present."
-TRACED = (8, 16)
+CROSS = ".encoder."
+"""What the names of keys and values have in them that an encoder gives, and no step changes."""
+TRACED = (5, 7)
 """Tokens of the past and after it that the graph is traced with."""
 
 
@@ -46,16 +48,31 @@ def with_past(workload: Workload, length: int) -> Workload:
         )
     past, new = TRACED
     ids = workload.example["input_ids"][:1, :1].expand(1, past + new).contiguous()
-    cache: Any = Cache(layer_class_to_replicate=DynamicLayer)
+    made = empty()
     with torch.no_grad():
-        workload.module(input_ids=ids[:, :past], past_key_values=cache, use_cache=True)
-    pairs = {
-        f"{PAST}{at}.{part}": tensor
+        workload.module(input_ids=ids[:, :past], past_key_values=made, use_cache=True)
+    example = {"input_ids": ids[:, past:], "attention_mask": torch.ones_like(ids), **pairs(made)}
+    return replace(workload, example=example, max_length=length)
+
+
+def empty() -> Cache:
+    """A cache of nothing, whose layers will keep all that they are given."""
+    return Cache(layer_class_to_replicate=DynamicLayer)
+
+
+def filled(tensors: Sequence[Tensor]) -> Cache:
+    """The cache that holds the keys and values of each layer, one after the other."""
+    layers: list[Any] = [_Layer(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
+    return Cache(layers=layers)
+
+
+def pairs(cache: Any, side: str = "") -> dict[str, Tensor]:
+    """The keys and values of a cache by the names of inputs."""
+    return {
+        f"{PAST}{at}.{side}{part}": tensor
         for at, layer in enumerate(cache.layers)
         for part, tensor in (("key", layer.keys), ("value", layer.values))
     }
-    example = {"input_ids": ids[:, past:], "attention_mask": torch.ones_like(ids), **pairs}
-    return replace(workload, example=example, max_length=length)
 
 
 def names(inputs: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
@@ -65,7 +82,7 @@ def names(inputs: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
 
 def outputs(inputs: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
     """What the keys and values are called that a step gives back."""
-    return tuple(name.replace(PAST, PRESENT, 1) for name in names(inputs))
+    return tuple(name.replace(PAST, PRESENT, 1) for name in names(inputs) if CROSS not in name)
 
 
 def kept(workload: Workload, made: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -88,15 +105,15 @@ class Step(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         ids, mask, *past = inputs
-        layers: list[Any] = [_Layer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
+        kept = filled(past)
         made = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions(mask, past[0].shape[2]),
-            past_key_values=Cache(layers=layers),
+            past_key_values=kept,
             use_cache=True,
         )
-        return (made.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+        return (made.logits, *pairs(kept).values())
 
 
 class _Layer(DynamicLayer):
@@ -111,11 +128,10 @@ class _Layer(DynamicLayer):
         return self.keys.shape[-2]
 
 
-def dims() -> dict[str, Any]:
-    """The free lengths by the names of their axes. The tracer reasons with sizes of two and more, and cannot be told
-    that one is the sum of two others; what it makes holds for any, which parity proves."""
-    lowest = {"batch": 1, "sequence": 1, "past_sequence": 0, "total_sequence": 4}
-    return {name: torch.export.Dim(name, min=least) for name, least in lowest.items()}
+def dim(axis: Axis) -> Any:
+    """A free length. The tracer reasons with sizes of two and more, and cannot be told that one is the sum of two
+    others; what it makes holds for any, which parity proves."""
+    return torch.export.Dim(axis.name, min=4 if axis.name == "total_sequence" else axis.min)
 
 
 def traced(module: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...]) -> Any:

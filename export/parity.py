@@ -28,6 +28,7 @@ MOST_TOKENS = 1024
 
 Feeds = dict[str, NDArray[Any]]
 Run = Callable[[Feeds], NDArray[Any]]
+Steps = Callable[[Feeds], list[NDArray[Any]]]
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 """Largest absolute difference of a float precision's outputs, in units of the reference's largest output."""
@@ -53,9 +54,9 @@ def corners(workload: Workload) -> list[dict[str, int]]:
         if name in axes
     }
     found = [dict(zip(sizes, chosen, strict=True)) for chosen in itertools.product(*sizes.values())]
-    if "total_sequence" in axes:
-        totals = [one["past_sequence"] + one["sequence"] for one in found]
-        most = axes["total_sequence"].max
+    if "past_sequence" in axes:
+        new = "decoder_sequence" if "decoder_sequence" in axes else "sequence"
+        totals, most = [one["past_sequence"] + one[new] for one in found], axes[new].max
         found = [
             one
             for one, total in zip(found, totals, strict=True)
@@ -69,18 +70,25 @@ def feeds(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
 
     Rows repeat where there are too few.
     """
-    rows, count = workload.data.calibration, sizes["batch"]
-    made = rows.padded(np.arange(count) % len(rows)) if len(rows) else _random(workload, count)
-    arrays: Feeds = {}
+    made, arrays = inputs(workload, sizes["batch"]), {}
     for name, axes in workload.input_axes.items():
         array = made[name].to(workload.example[name].dtype).numpy()
         if 1 in axes:
-            length = sizes[axes[1].name]
-            missing = max(0, length - array.shape[1])
-            pad = rows.pads.get(name, 0)
-            array = np.pad(array[:, :length], ((0, 0), (0, missing)), constant_values=pad)
+            array = fitted(array, sizes[axes[1].name], workload.data.calibration.pads.get(name, 0))
         arrays[name] = np.ascontiguousarray(array)
     return arrays
+
+
+def fitted(array: NDArray[Any], length: int, pad: float) -> NDArray[Any]:
+    """Rows cut or padded to ``length`` tokens."""
+    missing = max(0, length - array.shape[1])
+    return np.pad(array[:, :length], ((0, 0), (0, missing)), constant_values=pad)
+
+
+def inputs(workload: Workload, count: int) -> dict[str, Tensor]:
+    """All inputs of ``count`` rows as they are, of the lengths that they have."""
+    rows = workload.data.calibration
+    return rows.padded(np.arange(count) % len(rows)) if len(rows) else _random(workload, count)
 
 
 def _random(workload: Workload, count: int) -> dict[str, Tensor]:
@@ -110,13 +118,11 @@ def prove(workload: Workload, run: Run, *, precision: str, reference: str = MODU
             result: NDArray[Any] = workload.forward({n: torch.from_numpy(array) for n, array in feed.items()}).numpy()
         return result
 
-    inputs = (feeds(workload, sizes) for sizes in corners(workload))
-    return check(run, module, inputs, precision=precision, reference_name=reference)
+    given = (feeds(workload, sizes) for sizes in corners(workload))
+    return check(run, module, given, precision=precision, reference_name=reference)
 
 
-def prove_steps(
-    workload: Workload, run: Callable[[Feeds], list[NDArray[Any]]], *, precision: str, reference: str = MODULE
-) -> Parity:
+def prove_steps(workload: Workload, run: Steps, *, precision: str) -> Parity:
     """Parity of a step after a past, whose keys and values it gave before, with the module that reads all at once.
 
     Rows are padded on the left, each by another length; what is answered to padding says nothing.
@@ -134,21 +140,20 @@ def prove_steps(
     def module(feed: Feeds) -> NDArray[Any]:
         ids, mask = np.concatenate([feed["past_input_ids"], feed["input_ids"]], axis=1), feed["attention_mask"]
         past = feed["past_input_ids"].shape[1]
-        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        whole = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         with torch.no_grad():
-            logits = workload.module(**inputs, position_ids=cache.positions(inputs["attention_mask"], 0)).logits
-        whole: NDArray[Any] = logits[:, past:].numpy() * mask[:, past:, None]
-        return whole
+            logits = workload.module(**whole, position_ids=cache.positions(whole["attention_mask"], 0)).logits
+        answered: NDArray[Any] = logits[:, past:].numpy() * mask[:, past:, None]
+        return answered
 
-    inputs = (_split(workload, sizes) for sizes in corners(workload))
-    return check(steps, module, inputs, precision=precision, reference_name=reference)
+    given = (_split(workload, sizes) for sizes in corners(workload))
+    return check(steps, module, given, precision=precision, reference_name=MODULE)
 
 
 def _split(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
     """Rows of exactly these sizes: real tokens, over and over, behind padding of 0 to 3 places."""
-    rows, count, past = workload.data.calibration, sizes["batch"], sizes["past_sequence"]
-    total = past + sizes["sequence"]
-    made = rows.padded(np.arange(count) % len(rows)) if len(rows) else _random(workload, count)
+    count, past = sizes["batch"], sizes["past_sequence"]
+    total, made = past + sizes["sequence"], inputs(workload, count)
     ids, mask = np.zeros((count, total), np.int64), np.ones((count, total), np.int64)
     for row in range(count):
         padding = row % min(4, total)
@@ -179,8 +184,7 @@ def check(run: Run, reference: Run, inputs: Iterable[Feeds], *, precision: str, 
     found: dict[tuple[int, ...], _Difference] = {}
     for feed in inputs:
         shape = tuple(next(iter(feed.values())).shape)
-        if "past_input_ids" in feed:
-            shape = (*shape, feed["past_input_ids"].shape[1])
+        shape = (*shape, *(array.shape[1] for name, array in feed.items() if name.startswith("past_")))
         found[shape] = _difference(run(feed), reference(feed), shape)
     largest = max(1e-12, *(one.largest for one in found.values()))
     total = sum(one.size for one in found.values())

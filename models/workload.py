@@ -120,9 +120,12 @@ class Workload:
                     of_input[1] = Axis("sequence", 1, self.max_length)
                 elif name == "decoder_input_ids":
                     of_input[1] = Axis("decoder_sequence", 1, self.max_length)
-                elif name.startswith(PAST):
+                elif name.startswith(PAST) and ".encoder." not in name:
                     of_input[2] = Axis("past_sequence", 0, self.max_length - 1)
-                    axes["attention_mask"][1] = Axis("total_sequence", 1, self.max_length)
+                    if "input_ids" in axes:
+                        axes["attention_mask"][1] = Axis("total_sequence", 1, self.max_length)
+                elif name.startswith(PAST) and "attention_mask" in axes:
+                    of_input[2] = axes["attention_mask"][1]
         return axes
 
     @property

@@ -34,7 +34,7 @@ from ...models.workload import Workload, answer
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
 from .. import cache as caching
-from .. import halves, nbits, parity, placement
+from .. import encoder_decoder, halves, nbits, parity, placement
 from ..artifact import Artifact, Session
 
 FORMS: dict[str, Session] = {
@@ -83,6 +83,9 @@ def write(
         path = place / MODEL_FILE
         usable = None if plan.state else base  # the float artifact has other weights than those of the plan's state
         graph = onnx.load(usable.model_file) if usable else export(dequantized(workload, plan))
+        costs = {}
+        if encoder_decoder.is_part(workload):
+            plan, costs = encoder_decoder.only(plan, graph), encoder_decoder.costs(workload)
         if plan.scheme == "fp32":
             onnx.save(graph, path)
         elif plan.scheme in REWRITERS:
@@ -94,12 +97,14 @@ def write(
         onnx.checker.check_model(final, full_check=False)
         described = artifacts.describe(workload, plan, final, runtime="onnx", file=MODEL_FILE, name=name, base=base)
         tools = {tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")}
-        manifest = described.model_copy(update={"session": FORMS[form], "tools": tools})
+        manifest = described.model_copy(update={"session": FORMS[form], "tools": tools, **costs})
         with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as session:
-            if cache is None:
-                proof = parity.prove(workload, lambda feed: session.run(feed)[0], precision=plan.scheme)
-            else:
+            if encoder_decoder.is_part(workload):
+                proof = encoder_decoder.prove(workload, session.run, precision=plan.scheme)
+            elif caching.names(workload.example):
                 proof = parity.prove_steps(workload, session.run, precision=plan.scheme)
+            else:
+                proof = parity.prove(workload, lambda feed: session.run(feed)[0], precision=plan.scheme)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
 
@@ -130,18 +135,20 @@ def export(workload: Workload) -> onnx.ModelProto:
     if pair and workload.task in {tasks.CLASSIFICATION, tasks.REGRESSION}:
         raise UnavailableError(f"{workload.name} looks for its text's end; its export is not available yet.")
     module: Any = _exportable(workload)
-    inputs, axes = _traced(workload), workload.input_axes
-    held = caching.outputs(axes)
-    dims: dict[str, Any] = caching.dims() if held else {}
+    inputs, axes, dims = _traced(workload), workload.input_axes, {}
+    outputs: tuple[str, ...] = ("logits", *caching.outputs(axes))
+    if encoder_decoder.is_part(workload):
+        outputs = encoder_decoder.outputs(workload)
+    steps = outputs != ("logits",)
     for axis in (axis for of_input in axes.values() for axis in of_input.values()):
-        dims.setdefault(axis.name, torch.export.Dim(axis.name, min=axis.min, max=axis.max))
+        dims[axis.name] = caching.dim(axis) if steps else torch.export.Dim(axis.name, min=axis.min, max=axis.max)
     shapes = tuple({place: dims[axis.name] for place, axis in of_input.items()} for of_input in axes.values())
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            if held:
+            if steps:
                 module = caching.traced(module, inputs, shapes)
             program = torch.onnx.export(
                 module,
@@ -149,7 +156,7 @@ def export(workload: Workload) -> onnx.ModelProto:
                 dynamo=True,
                 dynamic_shapes={"inputs": shapes},
                 input_names=list(axes),
-                output_names=["logits", *held],
+                output_names=list(outputs),
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
@@ -201,6 +208,8 @@ def _exportable(workload: Workload) -> nn.Module:
     for child in module.modules():
         if hasattr(child, "set_attn_implementation"):
             child.set_attn_implementation("eager")  # type: ignore[operator]
+    if encoder_decoder.is_part(workload):
+        return encoder_decoder.of_part(workload, module).eval()
     if caching.names(workload.example):
         return caching.Step(module).eval()
     if workload.structure.family != "bert":
