@@ -40,12 +40,7 @@ def with_past(workload: Workload, length: int) -> Workload:
             f"{workload.name} is a {workload.skeleton.architecture}; only causal language models have keys and values "
             "that can be kept."
         )
-    most = longest(workload.module.config)
-    if not sum(TRACED) <= length <= most:
-        raise UsageError(
-            f"The keys and values of {length} tokens cannot be kept: {workload.name} takes {most} tokens at most, and "
-            f"the graph is traced with {sum(TRACED)}."
-        )
+    check(workload, length, longest(workload.module.config))
     past, new = TRACED
     ids = workload.example["input_ids"][:1, :1].expand(1, past + new).contiguous()
     made = empty()
@@ -53,6 +48,13 @@ def with_past(workload: Workload, length: int) -> Workload:
         workload.module(input_ids=ids[:, :past], past_key_values=made, use_cache=True)
     example = {"input_ids": ids[:, past:], "attention_mask": torch.ones_like(ids), **pairs(made)}
     return replace(workload, example=example, max_length=length)
+
+
+def check(workload: Workload, length: int, most: int) -> None:
+    """Raise UsageError where keys and values of ``length`` tokens cannot be kept."""
+    least = sum(TRACED)
+    if not least <= length <= most:
+        raise UsageError(f"Keys and values of {length} tokens cannot be kept: {workload.name} takes {least} to {most}.")
 
 
 def empty() -> Cache:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from ..errors import UnavailableError, UsageError
+from ..errors import UnavailableError
 from ..files import new_folder
 from ..models import tasks
 from ..models.examples import longest
@@ -44,12 +44,8 @@ def parts(workload: Workload, length: int) -> dict[str, Workload]:
     """
     if not has_parts(workload):
         raise UnavailableError(f"{workload.name} does not read one thing and write another.")
+    cache.check(workload, length, longest(workload.module.config, decoder=True))
     past, new = TRACED
-    most = longest(workload.module.config, decoder=True)
-    if not past + new <= length <= most:
-        raise UsageError(
-            f"Keys and values of {length} tokens cannot be kept: {workload.name} takes {past + new} to {most}."
-        )
     read = {name: tensor for name, tensor in workload.example.items() if not name.startswith("decoder_")}
     if "input_ids" in read:
         read = {name: tensor[:, :READ] for name, tensor in read.items()}

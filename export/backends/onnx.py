@@ -130,7 +130,7 @@ def export(workload: Workload) -> onnx.ModelProto:
     Raises UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token.
     """
     if workload.task is tasks.RETRIEVAL:
-        raise UnavailableError(f"{workload.name} has two towers, each of which is a graph of its own (export.towers).")
+        raise UnavailableError(f"{workload.name} has two towers, which are two graphs: the command export writes both.")
     pair = workload.skeleton.config.get("is_encoder_decoder") and "input_ids" in workload.example
     if pair and workload.task in {tasks.CLASSIFICATION, tasks.REGRESSION}:
         raise UnavailableError(f"{workload.name} looks for its text's end; its export is not available yet.")

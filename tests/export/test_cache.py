@@ -176,7 +176,7 @@ def test_what_cannot_keep_any_is_refused(workload: Any, llama: Workload, exporte
 
 
 def test_a_length_that_would_be_fixed_is_refused(llama: Workload, tmp_path: Path) -> None:
-    """A module that cuts the past to eight tokens takes eight tokens alone."""
+    """A module that takes the past for one of five tokens takes no other."""
 
     class Fixed(torch.nn.Module):
         def __init__(self, model: Any) -> None:
@@ -186,7 +186,7 @@ def test_a_length_that_would_be_fixed_is_refused(llama: Workload, tmp_path: Path
         def forward(self, past_key_values: Any = None, **inputs: Any) -> Any:
             for layer in past_key_values.layers if past_key_values else ():
                 if layer.is_initialized:
-                    layer.keys = layer.keys.reshape(layer.keys.shape[0], 2, 8, 32)
+                    layer.keys = layer.keys.reshape(layer.keys.shape[0], 2, cache.TRACED[0], 32)
             return self.model(past_key_values=past_key_values, **inputs)
 
     with pytest.raises(UnavailableError, match="past_sequence"):
