@@ -18,6 +18,8 @@ from .errors import ConstraintError, EdgepressError, UnavailableError, UsageErro
 if TYPE_CHECKING:
     from .benchmarks.speed import Fitted
     from .compress.score import Scores
+    from .export.artifact import Artifact
+    from .export.parity import Feeds
     from .models.workload import Progress, Workload
     from .pipeline import Outcome
 
@@ -842,8 +844,12 @@ def export(
     to: Annotated[str, typer.Option("--to", help="onnx, openvino or tensorrt.")] = "onnx",
     scheme: Annotated[
         str,
-        typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8."),
+        typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8, for onnx all of quantize."),
     ] = "fp32",
+    cache: Annotated[
+        int | None,
+        typer.Option("--cache", help="Of --to onnx: what writes text keeps keys and values, of so many tokens.", min=1),
+    ] = None,
     capability: Annotated[
         str | None,
         typer.Option("--capability", help="Of --to tensorrt: sm80, sm86, sm89 … ahead of time; else the GPU's own."),
@@ -862,6 +868,10 @@ def export(
         options = {"capability": capability, "sparse": sparse}
     elif capability or sparse:
         raise UsageError(f"{'--capability' if capability else '--sparse'} is of --to tensorrt, not of --to {to}.")
+    if cache and to != "onnx":
+        raise UsageError(f"--cache is of --to onnx, not of --to {to}.")
+    if cache:
+        options = {"cache": cache}
     _write_artifact(
         model,
         data,
@@ -894,8 +904,8 @@ def _write_artifact(
 
     from .compress import quantize as quantizers
     from .compress.quantize.distilled import distilled
-    from .export import backends
-    from .models import metrics
+    from .export import backends, encoder_decoder, towers
+    from .models import metrics, tasks
     from .plan import QuantizationPlan
 
     if scheme != "fp32":
@@ -903,34 +913,61 @@ def _write_artifact(
     runtime = backends.writing(scheme, to)
     with ExitStack() as stack:
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
-        plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(workload, scheme)
-        source = workload
-        if steps:
-            train, state = screen.progress("distil"), _unfinished(out)
-            found = distilled(workload, plan, steps=steps, checkpoint=state, seed=seed, progress=train)
-            source, plan = found.workload, found.plan
         step = screen.progress("export")
         step(0, 0, "writing and proving parity")
-        artifact = runtime.write(source, plan, out, name=out.name, **(options or {}))
-        if steps:
-            state.unlink(missing_ok=True)
+        more = dict(options or {})
+
+        def write(part: Workload, folder: Path) -> Artifact:
+            plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(part, scheme)
+            if steps and folder != out:
+                raise UnavailableError(f"{workload.name} is exported in parts; --steps trains whole models alone.")
+            if steps:
+                train, state = screen.progress("distil"), _unfinished(out)
+                found = distilled(part, plan, steps=steps, checkpoint=state, seed=seed, progress=train)
+                part, plan = found.workload, found.plan
+            name = out.name if folder == out else f"{out.name}-{folder.name}"
+            written: Artifact = runtime.write(part, plan, folder, name=name, **more)
+            if steps:
+                state.unlink(missing_ok=True)
+            return written
+
+        if workload.task is tasks.RETRIEVAL:
+            artifacts, word = towers.write(workload, out, write), "towers"
+        elif "cache" in more and encoder_decoder.has_parts(workload):
+            artifacts, word = encoder_decoder.write(workload, more.pop("cache"), out, write), "parts"
+        else:
+            artifacts, word = [write(workload, out)], ""
         judge, judged, quality = screen.progress("evaluate"), metrics.for_artifacts(workload), None
         if len(judged.data.evaluation):
             try:
-                with runtime.open_session(artifact, threads=os.cpu_count() or 1) as session:
-                    quality = metrics.of_session(session.run, judged, seed=seed, progress=judge)
+                opened = [runtime.open_session(one, threads=os.cpu_count() or 1) for one in artifacts]
+                sessions = [stack.enter_context(one) for one in opened]
+
+                def apart(feeds: Feeds) -> list[Any]:
+                    return [
+                        session.run({name: feeds[name] for name in one.manifest.inputs if name in feeds})[0]
+                        for one, session in zip(artifacts, sessions, strict=True)
+                    ]
+
+                runs = [session.run for session in sessions]
+                run = encoder_decoder.joined(*runs) if word == "parts" else apart
+                quality = metrics.of_session(run, judged, seed=seed, progress=judge)
             except UnavailableError as error:  # an engine for another machine
                 screen.say(f"note: its quality is not known. {error}")
-    parity = artifact.manifest.parity
-    assert parity is not None
-    figures = parity.model_dump(mode="json")
-    document = {"artifact": str(out), "precision": artifact.precision, "parity": figures, "quality": None}
-    document["quality"] = asdict(quality) if quality else None
+    parts: list[dict[str, Any]] = []
+    for one in artifacts:
+        assert one.manifest.parity is not None
+        figures = one.manifest.parity.model_dump(mode="json")
+        parts.append({"artifact": str(one.folder), "precision": one.precision, "parity": figures})
+    whole = {"artifact": str(out), word: parts} if word else parts[0]
     if as_json:
-        _print(document)
+        _print({**whole, "quality": asdict(quality) if quality else None})
         return
-    print(f"artifact   {out} ({artifact.size_bytes / 1e6:.1f} MB, {artifact.precision})")
-    print(f"parity     max abs {parity.max_abs:.2e}, cosine {parity.cosine:.6f}, at {len(parity.shapes)} shapes")
+    for one in artifacts:
+        parity = one.manifest.parity
+        assert parity is not None
+        print(f"artifact   {one.folder} ({one.size_bytes / 1e6:.1f} MB, {one.precision})")
+        print(f"parity     max abs {parity.max_abs:.2e}, cosine {parity.cosine:.6f}, at {len(parity.shapes)} shapes")
     if quality:
         print(f"{quality.metric}   {quality.value:.2f} [{quality.low:.2f}, {quality.high:.2f}]")
 
@@ -943,6 +980,9 @@ def bench(
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes: 1,8.")] = "1",
     seq: Annotated[str, typer.Option("--seq", help="Sequence lengths: 32,128.")] = "128",
+    past: Annotated[
+        int, typer.Option("--past", help="Tokens before, whose keys and values are given (export --cache).", min=0)
+    ] = 0,
     queries: Annotated[int, typer.Option("--queries", help="Runs of each artifact.", min=30)] = 1000,
     seconds: Annotated[float, typer.Option("--seconds", help="Or this long for each, whichever ends first.")] = 10.0,
     data: Data = None,
@@ -970,6 +1010,7 @@ def bench(
                         target=where,
                         batch=size,
                         sequence=length,
+                        past=past,
                         min_queries=queries,
                         min_seconds=seconds,
                         progress=screen.progress(f"{where} {size}x{length}"),
@@ -983,6 +1024,7 @@ def bench(
     for start in range(0, len(rows), per_shape):
         first, *others = rows[start : start + per_shape]
         tokens = f" x sequence {first['sequence']}" if first["sequence"] else ""
+        tokens += f" after {first['past']}" if first["past"] else ""
         print(f"{first['target']}, batch {first['batch']}{tokens}")
         _table(first, others, None)
 

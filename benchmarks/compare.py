@@ -38,7 +38,7 @@ def speedup(original: Measurement, other: Measurement, seed: int = 0) -> Speedup
     cannot be compared: other shapes, other machines, or another number of rounds.
     """
     reasons = differences(original.environment, other.environment)
-    for field in ("target", "batch", "sequence"):
+    for field in ("target", "batch", "sequence", "past"):
         ours, theirs = getattr(original, field), getattr(other, field)
         if ours != theirs:
             reasons.append(f"{field} is {ours} and {theirs}")
@@ -75,6 +75,7 @@ def row(item: Measurement, faster: Speedup | None) -> dict[str, Any]:
         "peak_rss_bytes": item.peak_rss_bytes,
         "batch": item.batch,
         "sequence": item.sequence,
+        "past": item.past,
         "latency_ms": {"p50": item.p50, "p90": item.p90, "p99": item.p99, "n": len(item.samples)},
         "latency_interval_ms": list(item.interval()),
         "speedup": faster.to_json() if faster else None,

@@ -31,6 +31,7 @@ def benchmark(
     target: str = "cpu",
     batch: int = 1,
     sequence: int = 128,
+    past: int = 0,
     min_queries: int = 1000,
     min_seconds: float = 10.0,
     memory: bool = True,
@@ -39,8 +40,9 @@ def benchmark(
     """Latency of all ``artifacts``, interleaved in one process, and the memory of each in a process of its own.
 
     It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
-    have no ``sequence``: it is 0 in what is returned. Raises UsageError where the shape lies outside the range that an
-    artifact was proven in, and UnavailableError where its runtime cannot be measured.
+    have no ``sequence``: it is 0 in what is returned. After a ``past`` of so many tokens their keys and values are
+    given. Raises UsageError where the shape lies outside the range that an artifact was proven in, and UnavailableError
+    where its runtime cannot be measured.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
@@ -59,13 +61,12 @@ def benchmark(
                 f"{artifact.folder} runs on {package}, which is missing: "
                 f"pip install 'edgepress[{artifact.manifest.runtime}]' brings it."
             )
-        _check_shape(artifact, batch, sequence)
-    if not any(
-        axis.name == "sequence" for spec in artifacts[0].manifest.inputs.values() for axis in spec.axes.values()
-    ):
+        _check_shape(artifact, batch, sequence, past)
+    if not _has_axis(artifacts[0], "sequence"):
         sequence = 0
     with targets.get(where.host).connect(where.host) as host, tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "feeds.npz", **arbitrary(artifacts[0], batch, sequence))  # type: ignore[arg-type]
+        for at, artifact in enumerate(artifacts):  # pruned models have keys and values of other sizes
+            np.savez(Path(folder) / f"feeds{at}.npz", **arbitrary(artifact, batch, sequence, past))  # type: ignore[arg-type]
         shutil.copy(RUNNER, folder)
         place = host.put(Path(folder))
         jobs = [
@@ -74,10 +75,11 @@ def benchmark(
                 "model": f"{host.put(artifact.folder)}/{artifact.manifest.model_file}",
                 "disabled_optimizers": list(artifact.manifest.session.disabled_optimizers),
                 "inference_precision": artifact.manifest.session.inference_precision,
+                "feeds": f"{place}/feeds{at}.npz",
             }
-            for artifact in artifacts
+            for at, artifact in enumerate(artifacts)
         ]
-        common = {"feeds": f"{place}/feeds.npz", "threads": where.threads}
+        common = {"threads": where.threads}
 
         def run(name: str, job: dict[str, Any]) -> Any:
             (Path(folder) / f"{name}.json").write_text(json.dumps({**common, **job}), encoding="utf-8")
@@ -102,6 +104,7 @@ def benchmark(
             peak_rss_bytes=used["peak_rss_bytes"] if used else None,
             batch=batch,
             sequence=sequence,
+            past=past,
             samples_ms=tuple(ns / 1e6 for ns in taken),
             environment=environment,
         )
@@ -109,28 +112,35 @@ def benchmark(
     ]
 
 
-def _size(axis: Axis, batch: int, sequence: int) -> int:
-    return batch if axis.name == "batch" else sequence
+def _has_axis(artifact: Artifact, name: str) -> bool:
+    return any(axis.name == name for spec in artifact.manifest.inputs.values() for axis in spec.axes.values())
 
 
-def _check_shape(artifact: Artifact, batch: int, sequence: int) -> None:
+def _size(axis: Axis, batch: int, sequence: int, past: int) -> int:
+    known = {"batch": batch, "past_sequence": past, "total_sequence": past + sequence}
+    return known.get(axis.name, sequence)
+
+
+def _check_shape(artifact: Artifact, batch: int, sequence: int, past: int) -> None:
+    if past and not _has_axis(artifact, "past_sequence"):
+        raise UsageError(f"{artifact.folder} takes no keys and values of tokens before: export it with --cache.")
     for name, spec in artifact.manifest.inputs.items():
         for axis in spec.axes.values():
-            size = _size(axis, batch, sequence)
+            size = _size(axis, batch, sequence, past)
             if not axis.min <= size <= axis.max:
                 raise UsageError(
                     f"'{name}' of {artifact.folder} was proven for {axis.name} {axis.min} to {axis.max}, not {size}."
                 )
 
 
-def arbitrary(artifact: Artifact, batch: int, sequence: int) -> Feeds:
+def arbitrary(artifact: Artifact, batch: int, sequence: int, past: int = 0) -> Feeds:
     """Inputs of arbitrary values and full masks: latency depends on the shape, not on the words."""
     random = np.random.default_rng(0)
     feeds: Feeds = {}
     for name, spec in artifact.manifest.inputs.items():
         shape = list(spec.shape)
         for place, axis in spec.axes.items():
-            shape[int(place)] = _size(axis, batch, sequence)
+            shape[int(place)] = _size(axis, batch, sequence, past)
         if "mask" in name:
             feeds[name] = np.ones(shape, dtype=spec.dtype)
         elif spec.below:

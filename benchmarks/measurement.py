@@ -41,6 +41,8 @@ class Measurement:
     samples_ms: tuple[float, ...]
     environment: Mapping[str, Any]
     quality: Quality | None = None
+    past: int = 0
+    """Tokens before, whose keys and values were given."""
 
     @cached_property
     def samples(self) -> Floats:

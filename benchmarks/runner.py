@@ -23,9 +23,7 @@ MOST_WINDOWS = 20
 
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    with np.load(job["feeds"], allow_pickle=False) as arrays:
-        feeds = dict(arrays)
-    result = {"latency": latency, "memory": memory}[job["mode"]](job, feeds)
+    result = {"latency": latency, "memory": memory}[job["mode"]](job)
     json.dump(result, sys.stdout)
 
 
@@ -33,6 +31,11 @@ def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) ->
     """What runs the artifact once on ``feeds``."""
     _, opener = RUNTIMES[artifact["runtime"]]
     return opener(artifact, threads, feeds)
+
+
+def read_feeds(artifact: dict[str, Any]) -> dict[str, Any]:
+    with np.load(artifact["feeds"], allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def open_onnx(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
@@ -67,9 +70,9 @@ RUNTIMES = {"onnx": ("onnxruntime", open_onnx), "openvino": ("openvino", open_op
 """By the word of the manifest, the package, which is imported where a job needs it, and what opens a file with it."""
 
 
-def latency(job: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
+def latency(job: dict[str, Any]) -> dict[str, Any]:
     """Rounds until ``min_queries`` are done or ``min_seconds`` for each artifact are over, but no fewer than 30."""
-    runs = [open_model(artifact, job["threads"], feeds) for artifact in job["artifacts"]]
+    runs = [open_model(artifact, job["threads"], read_feeds(artifact)) for artifact in job["artifacts"]]
 
     def tell(rounds: int) -> None:
         print("progress", rounds, job["min_queries"], file=sys.stderr, flush=True)
@@ -123,8 +126,9 @@ def warm_up(run: Callable[[], Any]) -> None:
         previous = median
 
 
-def memory(job: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
+def memory(job: dict[str, Any]) -> dict[str, Any]:
     (artifact,) = job["artifacts"]
+    feeds = read_feeds(artifact)
     importlib.import_module(RUNTIMES[artifact["runtime"]][0])  # what loading a model takes, not a library
     start = time.perf_counter_ns()
     run = open_model(artifact, job["threads"], feeds)

@@ -72,7 +72,10 @@ class Engine(_Strict):
 
 
 class Parity(_Strict):
-    """Artifact against reference, over the shapes that were tried: the worst figure of each."""
+    """Artifact against reference, over the shapes that were tried: the worst figure of each.
+
+    A shape is that of the first input, and after it the length of the past where there is one.
+    """
 
     reference: str
     max_abs: float

@@ -15,13 +15,20 @@ from torch import Tensor
 from ..errors import EdgepressError
 from ..models.examples import example
 from ..models.workload import Workload
+from . import cache
 from .artifact import Parity
 
-ODD = {"batch": 3, "sequence": 37, "decoder_sequence": 5}
+ODD = {"batch": 3, "sequence": 37, "decoder_sequence": 5, "past_sequence": 5}
 """The axes that can be dynamic, and a size of each that is no power of two."""
+
+MODULE = "the PyTorch module"
+
+MOST_TOKENS = 1024
+"""What a proof of steps reads at once: logits over a whole vocabulary are a hundred thousand numbers a token."""
 
 Feeds = dict[str, NDArray[Any]]
 Run = Callable[[Feeds], NDArray[Any]]
+Steps = Callable[[Feeds], list[NDArray[Any]]]
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 """Largest absolute difference of a float precision's outputs, in units of the reference's largest output."""
@@ -36,10 +43,26 @@ class ParityError(EdgepressError):
 
 
 def corners(workload: Workload) -> list[dict[str, int]]:
-    """Sizes of the dynamic axes by name: the corners of their ranges, and odd ones inside."""
+    """Sizes of the dynamic axes by name: the corners of their ranges, and odd ones inside.
+
+    Of steps after a past those that are possible, and of several rows at once no more than ``MOST_TOKENS``.
+    """
     axes = {axis.name: axis for of_input in workload.input_axes.values() for axis in of_input.values()}
-    sizes = {name: sorted({1, min(odd, axes[name].max), axes[name].max}) for name, odd in ODD.items() if name in axes}
-    return [dict(zip(sizes, chosen, strict=True)) for chosen in itertools.product(*sizes.values())]
+    sizes = {
+        name: sorted({axes[name].min, min(odd, axes[name].max), axes[name].max})
+        for name, odd in ODD.items()
+        if name in axes
+    }
+    found = [dict(zip(sizes, chosen, strict=True)) for chosen in itertools.product(*sizes.values())]
+    if "past_sequence" in axes:
+        new = "decoder_sequence" if "decoder_sequence" in axes else "sequence"
+        totals, most = [one["past_sequence"] + one[new] for one in found], axes[new].max
+        found = [
+            one
+            for one, total in zip(found, totals, strict=True)
+            if total <= most and (one["batch"] == 1 or one["batch"] * total <= MOST_TOKENS)
+        ]
+    return found
 
 
 def feeds(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
@@ -47,18 +70,25 @@ def feeds(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
 
     Rows repeat where there are too few.
     """
-    rows, count = workload.data.calibration, sizes["batch"]
-    made = rows.padded(np.arange(count) % len(rows)) if len(rows) else _random(workload, count)
-    arrays: Feeds = {}
+    made, arrays = inputs(workload, sizes["batch"]), {}
     for name, axes in workload.input_axes.items():
         array = made[name].to(workload.example[name].dtype).numpy()
         if 1 in axes:
-            length = sizes[axes[1].name]
-            missing = max(0, length - array.shape[1])
-            pad = rows.pads.get(name, 0)
-            array = np.pad(array[:, :length], ((0, 0), (0, missing)), constant_values=pad)
+            array = fitted(array, sizes[axes[1].name], workload.data.calibration.pads.get(name, 0))
         arrays[name] = np.ascontiguousarray(array)
     return arrays
+
+
+def fitted(array: NDArray[Any], length: int, pad: float) -> NDArray[Any]:
+    """Rows cut or padded to ``length`` tokens."""
+    missing = max(0, length - array.shape[1])
+    return np.pad(array[:, :length], ((0, 0), (0, missing)), constant_values=pad)
+
+
+def inputs(workload: Workload, count: int) -> dict[str, Tensor]:
+    """All inputs of ``count`` rows as they are, of the lengths that they have."""
+    rows = workload.data.calibration
+    return rows.padded(np.arange(count) % len(rows)) if len(rows) else _random(workload, count)
 
 
 def _random(workload: Workload, count: int) -> dict[str, Tensor]:
@@ -80,7 +110,7 @@ def _repeated(workload: Workload, count: int) -> dict[str, Tensor]:
     return found
 
 
-def prove(workload: Workload, run: Run, *, precision: str, reference: str = "the PyTorch module") -> Parity:
+def prove(workload: Workload, run: Run, *, precision: str, reference: str = MODULE) -> Parity:
     """Parity of a freshly written file with the module, at the corners of the declared range, on calibration rows."""
 
     def module(feed: Feeds) -> NDArray[Any]:
@@ -88,8 +118,48 @@ def prove(workload: Workload, run: Run, *, precision: str, reference: str = "the
             result: NDArray[Any] = workload.forward({n: torch.from_numpy(array) for n, array in feed.items()}).numpy()
         return result
 
-    inputs = (feeds(workload, sizes) for sizes in corners(workload))
-    return check(run, module, inputs, precision=precision, reference_name=reference)
+    given = (feeds(workload, sizes) for sizes in corners(workload))
+    return check(run, module, given, precision=precision, reference_name=reference)
+
+
+def prove_steps(workload: Workload, run: Steps, *, precision: str) -> Parity:
+    """Parity of a step after a past, whose keys and values it gave before, with the module that reads all at once.
+
+    Rows are padded on the left, each by another length; what is answered to padding says nothing.
+    """
+
+    def steps(feed: Feeds) -> NDArray[Any]:
+        before, mask = feed["past_input_ids"], feed["attention_mask"]
+        past = before.shape[1]
+        made = run({"input_ids": before, "attention_mask": mask[:, :past]}) if past else None
+        kept = {} if made is None else cache.kept(workload, made)
+        logits = run({"input_ids": feed["input_ids"], "attention_mask": mask, **kept})[0]
+        whole: NDArray[Any] = logits * mask[:, past:, None]
+        return whole
+
+    def module(feed: Feeds) -> NDArray[Any]:
+        ids, mask = np.concatenate([feed["past_input_ids"], feed["input_ids"]], axis=1), feed["attention_mask"]
+        past = feed["past_input_ids"].shape[1]
+        whole = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        with torch.no_grad():
+            logits = workload.module(**whole, position_ids=cache.positions(whole["attention_mask"], 0)).logits
+        answered: NDArray[Any] = logits[:, past:].numpy() * mask[:, past:, None]
+        return answered
+
+    given = (_split(workload, sizes) for sizes in corners(workload))
+    return check(steps, module, given, precision=precision, reference_name=MODULE)
+
+
+def _split(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
+    """Rows of exactly these sizes: real tokens, over and over, behind padding of 0 to 3 places."""
+    count, past = sizes["batch"], sizes["past_sequence"]
+    total, made = past + sizes["sequence"], inputs(workload, count)
+    ids, mask = np.zeros((count, total), np.int64), np.ones((count, total), np.int64)
+    for row in range(count):
+        padding = row % min(4, total)
+        real = made["input_ids"][row][made["attention_mask"][row] == 1].numpy()
+        ids[row, padding:], mask[row, :padding] = np.resize(real, total - padding), 0
+    return {"input_ids": ids[:, past:], "past_input_ids": ids[:, :past], "attention_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -114,6 +184,7 @@ def check(run: Run, reference: Run, inputs: Iterable[Feeds], *, precision: str, 
     found: dict[tuple[int, ...], _Difference] = {}
     for feed in inputs:
         shape = tuple(next(iter(feed.values())).shape)
+        shape = (*shape, *(array.shape[1] for name, array in feed.items() if name.startswith("past_")))
         found[shape] = _difference(run(feed), reference(feed), shape)
     largest = max(1e-12, *(one.largest for one in found.values()))
     total = sum(one.size for one in found.values())

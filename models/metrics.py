@@ -139,7 +139,13 @@ def answers(workload: Workload, rows: Rows, *, metric: str, progress: Progress |
     if measures.get(metric).of_texts:
         return generation.texts(workload, rows, progress=progress)
     if workload.task is tasks.RETRIEVAL:
-        return _similarities(workload, rows, progress)
+
+        def embed(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                output = workload.module(**inputs)
+            return output.image_embeds, output.text_embeds
+
+        return _similarities(embed, workload, rows, progress)
     return predict(_forward(workload), rows, workload.task, progress=progress)
 
 
@@ -160,7 +166,17 @@ def of_session(
 def session_answers(
     run: Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]], workload: Workload, progress: Progress | None = None
 ) -> Any:
-    """The answers of an open artifact to the evaluation rows; UnavailableError where they would have to be texts."""
+    """The answers of an open artifact to the evaluation rows; UnavailableError where they would have to be texts.
+
+    Of a pair of towers ``run`` gives the embeddings of the images and those of the texts.
+    """
+    if workload.task is tasks.RETRIEVAL:
+
+        def embed(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            images, texts = run({name: tensor.numpy() for name, tensor in inputs.items()})
+            return torch.from_numpy(images), torch.from_numpy(texts)
+
+        return _similarities(embed, workload, workload.data.evaluation, progress)
     if measures.get(workload.data.metric).of_texts:
         raise UnavailableError(f"{workload.data.metric} needs generated text, which artifacts do not give yet.")
     return predict(lambda feeds: run(feeds)[0], workload.data.evaluation, workload.task, progress=progress)
@@ -202,18 +218,22 @@ def tensors(feeds: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in feeds.items()}
 
 
-def _similarities(workload: Workload, rows: Rows, progress: Progress | None) -> NDArray[np.float32]:
-    """The logits of every image with every text, [n, n], of a pair of towers."""
-    images, texts = [], []
+def _similarities(
+    embed: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]],
+    workload: Workload,
+    rows: Rows,
+    progress: Progress | None,
+) -> NDArray[np.float32]:
+    """The logits of every image with every text, [n, n], of a pair of towers that embeds both."""
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
     order: list[int] = []
     module: Any = workload.module
     scale = module.logit_scale.detach().exp()
     bias = module.logit_bias.detach() if hasattr(module, "logit_bias") else 0.0
     for part in rows.batches(16):
-        with torch.no_grad():
-            output = module(**part.inputs)
-        images.append(output.image_embeds)
-        texts.append(output.text_embeds)
+        for made, kept in zip(embed(part.inputs), (images, texts), strict=True):
+            kept.append(made)
         order += part.rows.tolist()
         if progress:
             progress(len(order), len(rows), "pairs")

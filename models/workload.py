@@ -48,6 +48,8 @@ MODEL_FILES = (
 )
 """What travels with a model besides its weights and configuration."""
 MAX_BATCH = 32
+PAST = "past_key_values."
+"""How the names of inputs begin that hold the keys and values of tokens before those of ``input_ids``."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,12 @@ class Workload:
                     of_input[1] = Axis("sequence", 1, self.max_length)
                 elif name == "decoder_input_ids":
                     of_input[1] = Axis("decoder_sequence", 1, self.max_length)
+                elif name.startswith(PAST) and ".encoder." not in name:
+                    of_input[2] = Axis("past_sequence", 0, self.max_length - 1)
+                    if "input_ids" in axes:
+                        axes["attention_mask"][1] = Axis("total_sequence", 1, self.max_length)
+                elif name.startswith(PAST) and "attention_mask" in axes:
+                    of_input[2] = axes["attention_mask"][1]
         return axes
 
     @property

@@ -212,6 +212,19 @@ def test_the_chain(name: str, folder_of: Any, tmp_path: Path) -> None:
             ep.export(pruned, tmp_path / "artifact")
 
 
+def test_a_pair_of_towers_is_two_artifacts_that_find_as_it_does(folder_of: Any, here: Any, tmp_path: Path) -> None:
+    model, rows = folder_of(KINDS["captions"])
+    done = here("export", model, "--data", rows, "--json", "-o", tmp_path / "pair")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [part["artifact"] for part in said["towers"]] == [
+        str(tmp_path / "pair" / side) for side in ("image", "text")
+    ]
+    whole = metrics.of_module(ep.load(str(model), str(rows)))
+    assert said["quality"]["metric"] == "recall@1"
+    assert said["quality"]["value"] == pytest.approx(whole.value)
+
+
 def test_sentence_pairs_tell_the_first_from_the_second(folder_of: Any) -> None:
     kind = KINDS["pairs"]
     model, rows = folder_of(kind)

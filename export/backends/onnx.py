@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -32,7 +33,8 @@ from ...models.dequantize import dequantized
 from ...models.workload import Workload, answer
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
-from .. import halves, nbits, parity, placement
+from .. import cache as caching
+from .. import encoder_decoder, halves, nbits, parity, placement
 from ..artifact import Artifact, Session
 
 FORMS: dict[str, Session] = {
@@ -58,23 +60,32 @@ def write(
     name: str | None = None,
     form: str | None = None,
     base: Artifact | None = None,
+    cache: int | None = None,
 ) -> Artifact:
     """Export ``workload`` in the precision of ``plan``, prove parity with its module, and seal the folder.
 
     ``base`` is the float artifact of the same module where there is one already; its graph is used instead of
     exporting again, unless the plan changes the module's state. ``form`` is "default" for a float graph and, if none is
-    given, the one in which integer products were measured to run faster for the others. Raises ParityError, and leaves
-    nothing behind, where the file does not compute what it should.
+    given, the one in which integer products were measured to run faster for the others. With ``cache`` the graph is a
+    step of generation for so many tokens, see :mod:`..cache`. Raises ParityError, and leaves nothing behind, where the
+    file does not compute what it should.
     """
     form = form or ("unfused-skip-layernorm" if plan.scheme in INTEGER else "default")
     if form not in FORMS:
         raise UsageError(f"There is no graph form '{form}' (known: {', '.join(FORMS)}).")
     if base is not None and base.precision != "fp32":
         raise UsageError(f"A graph to quantize must be fp32; {base.folder} is {base.precision}.")
+    if cache is not None:
+        workload = caching.with_past(workload, cache)
+    if base is not None and set(base.manifest.inputs) != set(workload.example):
+        raise UsageError(f"{base.folder} has other inputs than the graph that it should be made into.")
     with new_folder(folder) as place:
         path = place / MODEL_FILE
         usable = None if plan.state else base  # the float artifact has other weights than those of the plan's state
         graph = onnx.load(usable.model_file) if usable else export(dequantized(workload, plan))
+        costs = {}
+        if encoder_decoder.is_part(workload):
+            plan, costs = encoder_decoder.only(plan, graph), encoder_decoder.costs(workload)
         if plan.scheme == "fp32":
             onnx.save(graph, path)
         elif plan.scheme in REWRITERS:
@@ -86,16 +97,26 @@ def write(
         onnx.checker.check_model(final, full_check=False)
         described = artifacts.describe(workload, plan, final, runtime="onnx", file=MODEL_FILE, name=name, base=base)
         tools = {tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")}
-        manifest = described.model_copy(update={"session": FORMS[form], "tools": tools})
+        manifest = described.model_copy(update={"session": FORMS[form], "tools": tools, **costs})
         with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as session:
-            proof = parity.prove(workload, lambda feed: session.run(feed)[0], precision=plan.scheme)
+            if encoder_decoder.is_part(workload):
+                proof = encoder_decoder.prove(workload, session.run, precision=plan.scheme)
+            elif caching.names(workload.example):
+                proof = parity.prove_steps(workload, session.run, precision=plan.scheme)
+            else:
+                proof = parity.prove(workload, lambda feed: session.run(feed)[0], precision=plan.scheme)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
 
 
-def export_artifact(workload: Workload, folder: str | Path, plan: QuantizationPlan | None = None) -> Artifact:
-    """Export ``workload`` to ``folder`` as an ONNX artifact, in FP32 or in the precision of ``plan``."""
-    return write(workload, plan or QuantizationPlan("fp32"), Path(folder))
+def export_artifact(
+    workload: Workload, folder: str | Path, plan: QuantizationPlan | None = None, *, cache: int | None = None
+) -> Artifact:
+    """Export ``workload`` to ``folder`` as an ONNX artifact, in FP32 or in the precision of ``plan``.
+
+    With ``cache`` a causal language model takes and gives the keys and values of up to so many tokens.
+    """
+    return write(workload, plan or QuantizationPlan("fp32"), Path(folder), cache=cache)
 
 
 def in_form(artifact: Artifact, form: str) -> Artifact:
@@ -109,28 +130,33 @@ def export(workload: Workload) -> onnx.ModelProto:
     Raises UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token.
     """
     if workload.task is tasks.RETRIEVAL:
-        raise UnavailableError(f"{workload.name} has two towers; their export is not available yet in this version.")
+        raise UnavailableError(f"{workload.name} has two towers, which are two graphs: the command export writes both.")
     pair = workload.skeleton.config.get("is_encoder_decoder") and "input_ids" in workload.example
     if pair and workload.task in {tasks.CLASSIFICATION, tasks.REGRESSION}:
         raise UnavailableError(f"{workload.name} looks for its text's end; its export is not available yet.")
-    module = _exportable(workload)
-    axes = workload.input_axes
-    dims: dict[str, Any] = {}
+    module: Any = _exportable(workload)
+    inputs, axes, dims = _traced(workload), workload.input_axes, {}
+    outputs: tuple[str, ...] = ("logits", *caching.outputs(axes))
+    if encoder_decoder.is_part(workload):
+        outputs = encoder_decoder.outputs(workload)
+    steps = outputs != ("logits",)
     for axis in (axis for of_input in axes.values() for axis in of_input.values()):
-        dims.setdefault(axis.name, torch.export.Dim(axis.name, min=axis.min, max=axis.max))
+        dims[axis.name] = caching.dim(axis) if steps else torch.export.Dim(axis.name, min=axis.min, max=axis.max)
     shapes = tuple({place: dims[axis.name] for place, axis in of_input.items()} for of_input in axes.values())
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
+            if steps:
+                module = caching.traced(module, inputs, shapes)
             program = torch.onnx.export(
                 module,
-                _traced(workload),
+                inputs,
                 dynamo=True,
                 dynamic_shapes={"inputs": shapes},
                 input_names=list(axes),
-                output_names=["logits"],
+                output_names=list(outputs),
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
@@ -153,7 +179,7 @@ def _traced(workload: Workload) -> tuple[Tensor, ...]:
     for name, axes in workload.input_axes.items():
         tensor = workload.example[name]
         if 1 in axes:
-            tensor = tensor[:, : lengths[axes[1].name]]
+            tensor = tensor[:, : lengths.get(axes[1].name)]
         made.append(torch.cat([tensor, tensor]).clone())
     return tuple(made)
 
@@ -182,6 +208,10 @@ def _exportable(workload: Workload) -> nn.Module:
     for child in module.modules():
         if hasattr(child, "set_attn_implementation"):
             child.set_attn_implementation("eager")  # type: ignore[operator]
+    if encoder_decoder.is_part(workload):
+        return encoder_decoder.of_part(workload, module).eval()
+    if caching.names(workload.example):
+        return caching.Step(module).eval()
     if workload.structure.family != "bert":
         return _Answer(module, tuple(workload.input_axes)).eval()
     encoder = module.get_submodule(workload.structure.stacks[0].path.removesuffix("encoder.layer").removesuffix("."))
@@ -297,5 +327,13 @@ class OnnxSession:
         self._session = session
 
     def run(self, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        outputs: list[NDArray[Any]] = self._session.run(None, feeds)
+        outputs: list[NDArray[Any]] = self._session.run(None, {**self._no_past(feeds), **feeds})
         return outputs
+
+    def _no_past(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Keys and values of no tokens, for those that are not fed."""
+        shapes = {one.name: one.shape for one in self._session.get_inputs() if one.name not in feeds}
+        rows = len(next(iter(feeds.values())))
+        return {
+            name: np.zeros((rows, shapes[name][1], 0, shapes[name][3]), np.float32) for name in caching.names(shapes)
+        }

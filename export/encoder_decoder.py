@@ -1,0 +1,231 @@
+"""An encoder-decoder as two graphs: what is read is read once, what is written is written step by step.
+
+The encoder's graph ends in the keys and values of the decoder's cross-attention, layer by layer. The decoder's is a
+step after a past: it takes those, and the keys and values of what was written before, and gives back the latter with
+its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from ..errors import UnavailableError
+from ..files import new_folder
+from ..models import tasks
+from ..models.examples import longest
+from ..models.workload import PAST, Workload
+from ..plan import QuantizationPlan
+from . import cache, parity, placement
+from .artifact import Artifact, Parity, open_artifact
+from .cache import CROSS, PRESENT, TRACED
+
+PARTS = ("encoder", "decoder")
+READ = 16
+"""Tokens that the encoder of a text is traced with."""
+
+
+def parts(workload: Workload, length: int) -> dict[str, Workload]:
+    """The encoder and the decoder of a model that produces text, for texts of ``length`` tokens at most.
+
+    Their modules are the whole one. Raises UnavailableError for another model, UsageError where ``length`` is more than
+    it takes.
+    """
+    if not has_parts(workload):
+        raise UnavailableError(f"{workload.name} does not read one thing and write another.")
+    cache.check(workload, length, longest(workload.module.config, decoder=True))
+    past, new = TRACED
+    read = {name: tensor for name, tensor in workload.example.items() if not name.startswith("decoder_")}
+    if "input_ids" in read:
+        read = {name: tensor[:, :READ] for name, tensor in read.items()}
+    ids = workload.example["decoder_input_ids"][:, :1].expand(1, past + new).contiguous()
+    made = _both(cache.empty(), cache.empty())
+    with torch.no_grad():
+        workload.module(**read, decoder_input_ids=ids[:, :past], past_key_values=made, use_cache=True)
+    own = cache.pairs(made.self_attention_cache, "decoder.")
+    cross = cache.pairs(made.cross_attention_cache, "encoder.")
+    mask = {name: tensor for name, tensor in read.items() if name == "attention_mask"}
+    examples = (read, {"decoder_input_ids": ids[:, past:], **mask, **own, **cross})
+    return {
+        part: replace(workload, name=f"{workload.name}-{part}", example=example, max_length=length)
+        for part, example in zip(PARTS, examples, strict=True)
+    }
+
+
+def has_parts(workload: Workload) -> bool:
+    return workload.task is tasks.GENERATION and "decoder_input_ids" in workload.example
+
+
+def is_encoder(workload: Workload) -> bool:
+    return workload.task is tasks.GENERATION and "decoder_input_ids" not in workload.example
+
+
+def is_decoder(workload: Workload) -> bool:
+    return has_parts(workload) and bool(cache.names(workload.example))
+
+
+def write(
+    workload: Workload, length: int, folder: Path, write_part: Callable[[Workload, Path], Artifact]
+) -> list[Artifact]:
+    """Both parts as artifacts in ``folder``, ``encoder`` and ``decoder``, or none."""
+    with new_folder(folder) as place:
+        for part, of in parts(workload, length).items():
+            write_part(of, place / part)
+    return [open_artifact(folder / part) for part in PARTS]
+
+
+def is_part(workload: Workload) -> bool:
+    return is_encoder(workload) or is_decoder(workload)
+
+
+def outputs(workload: Workload) -> tuple[str, ...]:
+    """What a part gives."""
+    if is_decoder(workload):
+        return ("logits", *cache.outputs(workload.example))
+    with torch.no_grad():
+        count = len(of_part(workload, workload.module)(*workload.example.values()))
+    return tuple(f"{PRESENT}{at}{CROSS}{part}" for at in range(count // 2) for part in ("key", "value"))
+
+
+def joined(encode: parity.Steps, step: parity.Steps) -> parity.Steps:
+    """The two parts as one: the logits of all tokens of ``decoder_input_ids``, which follow none."""
+
+    def run(feeds: parity.Feeds) -> list[NDArray[Any]]:
+        given = {name: array for name, array in feeds.items() if name in {"decoder_input_ids", "attention_mask"}}
+        return step({**given, **crossed(encode({n: a for n, a in feeds.items() if n != "decoder_input_ids"}))})
+
+    return run
+
+
+def crossed(made: Sequence[NDArray[Any]]) -> parity.Feeds:
+    """What an encoder gives, by the names of the decoder's inputs."""
+    return {f"{PAST}{at // 2}{CROSS}{('key', 'value')[at % 2]}": one for at, one in enumerate(made)}
+
+
+def of_part(workload: Workload, module: nn.Module) -> nn.Module:
+    """What computes a part: the encoder or the decoder of ``module``."""
+    names = tuple(workload.example)
+    return Encoder(module, names) if is_encoder(workload) else Decoder(module, names)
+
+
+class Encoder(nn.Module):
+    """The keys and values of each layer's cross-attention, as a function of what is read."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        made = _both(cache.empty(), cache.empty())
+        start = torch.zeros(inputs[0].shape[0], 1, dtype=torch.int64)
+        read = dict(zip(self.names, inputs, strict=True))
+        self.model(**read, decoder_input_ids=start, past_key_values=made, use_cache=True)
+        return tuple(cache.pairs(made.cross_attention_cache, "encoder.").values())
+
+
+class Decoder(nn.Module):
+    """The logits of the next tokens and each layer's keys and values, as a function of those before.
+
+    The encoder's hidden states are not read any more; only that there are some decides what the layers do.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.names, inputs, strict=True))
+        held = [given.pop(name) for name in cache.names(self.names)]
+        half = len(held) // 2
+        own, cross = cache.filled(held[:half]), cache.filled(held[half:])
+        past = _both(own, cross)
+        past.is_updated = dict.fromkeys(range(len(own.layers)), True)
+        config: Any = self.model.config
+        hidden = held[half].new_zeros(held[half].shape[0], held[half].shape[2], config.d_model)
+        made = self.model(**given, encoder_outputs=(hidden,), past_key_values=past, use_cache=True)
+        return (made.logits, *cache.pairs(own).values())
+
+
+def _both(own: Cache, cross: Cache) -> Any:
+    return EncoderDecoderCache(own, cross)
+
+
+def only(plan: QuantizationPlan, graph: onnx.ModelProto) -> QuantizationPlan:
+    """What of ``plan`` is in a part's graph."""
+    known = {name for node in graph.graph.node for name in placement.names(node.name)}
+    weights = {name: kind for name, kind in plan.weights.items() if name in known}
+    return replace(plan, weights=weights, codes={name: codes for name, codes in plan.codes.items() if name in known})
+
+
+def costs(workload: Workload) -> dict[str, int]:
+    """The parameters that a part reads, and its multiply-accumulates for the example; an encoder's hold those of one
+    token in the decoder, which its graph leaves out."""
+    module = of_part(workload, copy.deepcopy(workload.module).requires_grad_())
+    parameters = list(module.parameters())
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        made = module(*workload.example.values())
+    read = torch.autograd.grad(sum(one.sum() for one in made), parameters, allow_unused=True)
+    params = sum(one.numel() for one, gradient in zip(parameters, read, strict=True) if gradient is not None)
+    return {"params": params, "macs": counter.get_total_flops() // 2}
+
+
+def prove(workload: Workload, run: parity.Steps, *, precision: str) -> Parity:
+    """Parity of a part: an encoder's keys and values, or a decoder's steps against the module that writes at once."""
+
+    def read(feed: parity.Feeds) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array) for name, array in feed.items() if "decoder" not in name}
+
+    def encoded(feed: parity.Feeds) -> list[NDArray[Any]]:
+        with torch.no_grad():
+            made = Encoder(workload.module, tuple(read(feed)))(*read(feed).values())
+        return [one.numpy() for one in made]
+
+    def flat(made: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate([one.reshape(len(one), -1) for one in made], axis=1)
+
+    if is_encoder(workload):
+        given = (parity.feeds(workload, sizes) for sizes in parity.corners(workload))
+        ours, theirs = (lambda feed: flat(run(feed))), (lambda feed: flat(encoded(feed)))
+        return parity.check(ours, theirs, given, precision=precision, reference_name=parity.MODULE)
+    own = [name for name in cache.names(workload.example) if CROSS not in name]
+
+    def steps(feed: parity.Feeds) -> NDArray[Any]:
+        given = {name: array for name, array in feed.items() if name == "attention_mask"}
+        given |= crossed(encoded(feed))
+        kept: parity.Feeds = {}
+        if feed["past_decoder_input_ids"].size:
+            made = run({"decoder_input_ids": feed["past_decoder_input_ids"], **given})
+            kept = dict(zip(own, made[1:], strict=True))
+        return run({"decoder_input_ids": feed["decoder_input_ids"], **given, **kept})[0]
+
+    def module(feed: parity.Feeds) -> NDArray[Any]:
+        ids = np.concatenate([feed["past_decoder_input_ids"], feed["decoder_input_ids"]], axis=1)
+        with torch.no_grad():
+            logits: Tensor = workload.module(**read(feed), decoder_input_ids=torch.from_numpy(ids)).logits
+        written: NDArray[Any] = logits[:, feed["past_decoder_input_ids"].shape[1] :].numpy()
+        return written
+
+    given = (_split(workload, sizes) for sizes in parity.corners(workload))
+    return parity.check(steps, module, given, precision=precision, reference_name=parity.MODULE)
+
+
+def _split(workload: Workload, sizes: dict[str, int]) -> parity.Feeds:
+    """What is read, and the tokens before and after a past, of these sizes."""
+    past, new, pads = sizes["past_sequence"], sizes["decoder_sequence"], workload.data.calibration.pads
+    made = {name: tensor.numpy() for name, tensor in parity.inputs(workload, sizes["batch"]).items()}
+    ids = np.stack([np.resize(row, past + new) for row in made["decoder_input_ids"]])
+    read = {name: array for name, array in made.items() if not name.startswith(("decoder_", PAST))}
+    if "sequence" in sizes:
+        read = {name: parity.fitted(array, sizes["sequence"], pads.get(name, 0)) for name, array in read.items()}
+    return {"decoder_input_ids": ids[:, past:], "past_decoder_input_ids": ids[:, :past], **read}
