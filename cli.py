@@ -6,9 +6,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .compress.score import Scores
     from .export.artifact import Artifact
     from .export.parity import Feeds
+    from .models.metrics import Quality
     from .models.workload import Progress, Workload
     from .pipeline import Outcome
 
@@ -854,6 +856,9 @@ def export(
         str | None,
         typer.Option("--capability", help="Of --to tensorrt: sm80, sm86, sm89 … ahead of time; else the GPU's own."),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="MODEL is an artifact: check its files, and what it computes here.")
+    ] = False,
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Of --to tensorrt: kernels for 2:4 weights, see prune --sparsity.")
     ] = False,
@@ -864,6 +869,11 @@ def export(
 ) -> None:
     """Write an artifact with dynamic batch and sequence, and prove that it computes what the model does."""
     options: dict[str, Any] = {}
+    if verify:
+        if data or columns or cache or capability or sparse or (to, scheme) != ("onnx", "fp32"):
+            raise UsageError("--verify takes an artifact folder alone.")
+        _verify(Path(model), as_json=json_)
+        return
     if to == "tensorrt":
         options = {"capability": capability, "sparse": sparse}
     elif capability or sparse:
@@ -905,7 +915,7 @@ def _write_artifact(
     from .compress import quantize as quantizers
     from .compress.quantize.distilled import distilled
     from .export import backends, encoder_decoder, towers
-    from .models import metrics, tasks
+    from .models import tasks
     from .plan import QuantizationPlan
 
     if scheme != "fp32":
@@ -937,23 +947,7 @@ def _write_artifact(
             artifacts, word = encoder_decoder.write(workload, more.pop("cache"), out, write), "parts"
         else:
             artifacts, word = [write(workload, out)], ""
-        judge, judged, quality = screen.progress("evaluate"), metrics.for_artifacts(workload), None
-        if len(judged.data.evaluation):
-            try:
-                opened = [runtime.open_session(one, threads=os.cpu_count() or 1) for one in artifacts]
-                sessions = [stack.enter_context(one) for one in opened]
-
-                def apart(feeds: Feeds) -> list[Any]:
-                    return [
-                        session.run({name: feeds[name] for name in one.manifest.inputs if name in feeds})[0]
-                        for one, session in zip(artifacts, sessions, strict=True)
-                    ]
-
-                runs = [session.run for session in sessions]
-                run = encoder_decoder.joined(*runs) if word == "parts" else apart
-                quality = metrics.of_session(run, judged, seed=seed, progress=judge)
-            except UnavailableError as error:  # an engine for another machine
-                screen.say(f"note: its quality is not known. {error}")
+        quality = _judged(workload, artifacts, runtime, screen, seed, joined=word == "parts")
     parts: list[dict[str, Any]] = []
     for one in artifacts:
         assert one.manifest.parity is not None
@@ -970,6 +964,60 @@ def _write_artifact(
         print(f"parity     max abs {parity.max_abs:.2e}, cosine {parity.cosine:.6f}, at {len(parity.shapes)} shapes")
     if quality:
         print(f"{quality.metric}   {quality.value:.2f} [{quality.low:.2f}, {quality.high:.2f}]")
+
+
+def _judged(
+    workload: Workload, artifacts: Sequence[Artifact], runtime: ModuleType, screen: Screen, seed: int, *, joined: bool
+) -> Quality | None:
+    """The quality of an artifact, or of several that make one model, on the evaluation rows."""
+    from .export import encoder_decoder
+    from .models import metrics
+
+    judged = metrics.for_artifacts(workload)
+    if not len(judged.data.evaluation):
+        return None
+    try:
+        with ExitStack() as stack:
+            opened = [runtime.open_session(one, threads=os.cpu_count() or 1) for one in artifacts]
+            sessions = [stack.enter_context(one) for one in opened]
+
+            def apart(feeds: Feeds) -> list[Any]:
+                return [
+                    session.run({name: feeds[name] for name in one.manifest.inputs if name in feeds})[0]
+                    for one, session in zip(artifacts, sessions, strict=True)
+                ]
+
+            run = encoder_decoder.joined(*(session.run for session in sessions)) if joined else apart
+            return metrics.of_session(run, judged, seed=seed, progress=screen.progress("evaluate"))
+    except UnavailableError as error:  # an engine for another machine
+        screen.say(f"note: its quality is not known. {error}")
+        return None
+
+
+def _verify(folder: Path, *, as_json: bool) -> None:
+    """Check an artifact, or each part of one, against its checksums and its references."""
+    from dataclasses import asdict
+
+    from .export.artifact import MANIFEST, open_artifact
+    from .export.reference import verify
+
+    parts = [] if (folder / MANIFEST).exists() else sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    found = []
+    for part in parts or [folder]:
+        artifact = open_artifact(part)
+        told = asdict(verify(artifact, threads=os.cpu_count() or 1))
+        facts = {"artifact": str(part), "precision": artifact.precision, "files": len(artifact.manifest.files)}
+        found.append({**facts, **told})
+    if as_json:
+        _print(found[0] if not parts else {"artifact": str(folder), "parts": found})
+        return
+    for one in found:
+        print(f"artifact   {one['artifact']} ({one['precision']}), {one['files']} files as they were written")
+        if one["cases"]:
+            figures = f"max abs {one['max_abs']:.2e}, cosine {one['cosine']:.6f}"
+            print(f"reference  {figures} from where it was proven, on {one['cases']} inputs")
+        else:
+            print("reference  none came with it, so what it computes here was not compared")
 
 
 @app.command()

@@ -4,6 +4,7 @@ EdgepressError         exit code 2   the base: one sentence that says what was w
 ├── InputError         exit code 2   a model, a data file or an artifact that cannot be used as it is
 ├── UsageError         exit code 2   a word, a name or a combination of options that does not exist
 ├── UnavailableError   exit code 2   a missing extra, a missing runtime, or a part that does not exist yet
+├── ParityError        exit code 2   an artifact that does not compute what it was made from, or did elsewhere
 └── ConstraintError    exit code 3   the budget cannot be met; the best found is written all the same
 
 Any other exception is a defect of edgepress (exit code 1).
@@ -28,6 +29,10 @@ class UsageError(EdgepressError):
 
 class UnavailableError(EdgepressError):
     """Something this installation cannot do; the message names the extra or the reason."""
+
+
+class ParityError(EdgepressError):
+    """An artifact that does not compute what it was made from, of which none is left, or what it did elsewhere."""
 
 
 class ConstraintError(EdgepressError):

@@ -26,10 +26,9 @@ from numpy.typing import NDArray
 from .compress.quantize import blocks
 from .compress.quantize.choice import LARGE
 from .compress.quantize.smoothquant import Sample, best
-from .errors import InputError, UsageError
+from .errors import InputError, ParityError, UsageError
 from .export import attention, nbits, placement
 from .export.backends.onnx import quantize_graph, without_advice
-from .export.parity import ParityError
 from .export.placement import Product
 from .files import write_bytes
 from .models.workload import Progress

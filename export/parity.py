@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import EdgepressError
+from ..errors import ParityError
 from ..models.examples import example
 from ..models.workload import Workload
 from . import cache
@@ -36,10 +36,6 @@ INTEGER_TOLERANCE = 0.45
 """An integer precision rounds by design, and quality is judged on data; but where the root mean square difference is a
 larger share of the reference's root mean square (0.45 is a cosine of 0.9 between vectors of one length), the file is
 broken."""
-
-
-class ParityError(EdgepressError):
-    """The artifact does not compute what it was made from; no file is left behind."""
 
 
 def corners(workload: Workload) -> list[dict[str, int]]:

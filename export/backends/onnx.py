@@ -19,11 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...errors import InputError, UnavailableError, UsageError
@@ -34,7 +31,7 @@ from ...models.workload import Workload, answer
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
 from .. import cache as caching
-from .. import encoder_decoder, halves, nbits, parity, placement
+from .. import encoder_decoder, halves, nbits, parity, placement, reference, session
 from ..artifact import Artifact, Session
 
 FORMS: dict[str, Session] = {
@@ -98,13 +95,15 @@ def write(
         described = artifacts.describe(workload, plan, final, runtime="onnx", file=MODEL_FILE, name=name, base=base)
         tools = {tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")}
         manifest = described.model_copy(update={"session": FORMS[form], "tools": tools, **costs})
-        with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as session:
+        with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as opened:
+            kept = reference.Recorder(opened.run)
             if encoder_decoder.is_part(workload):
-                proof = encoder_decoder.prove(workload, session.run, precision=plan.scheme)
+                proof = encoder_decoder.prove(workload, kept.run, precision=plan.scheme)
             elif caching.names(workload.example):
-                proof = parity.prove_steps(workload, session.run, precision=plan.scheme)
+                proof = parity.prove_steps(workload, kept.run, precision=plan.scheme)
             else:
-                proof = parity.prove(workload, lambda feed: session.run(feed)[0], precision=plan.scheme)
+                proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
+        kept.save(place)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
 
@@ -299,41 +298,4 @@ def without_advice() -> Iterator[None]:
         logging.getLogger().removeFilter(unprocessed)
 
 
-@contextmanager
-def open_session(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> Iterator[OnnxSession]:
-    """Open an artifact for running; ``threads`` is the size of the pool that one operator is split over."""
-    if device != "cpu":
-        raise UsageError(f"The onnx runtime runs on 'cpu', not on '{device}'.")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(
-            artifact.model_file,
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=list(artifact.manifest.session.disabled_optimizers),
-        )
-    except Exception as error:
-        # ONNX Runtime's own exceptions derive from Exception alone, one class per status code.
-        raise InputError(f"ONNX Runtime cannot load {artifact.model_file}: {str(error).splitlines()[0]}") from error
-    yield OnnxSession(session)
-
-
-class OnnxSession:
-    """An open file: ``run`` maps input arrays by name to the list of outputs."""
-
-    def __init__(self, session: Any) -> None:
-        self._session = session
-
-    def run(self, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        outputs: list[NDArray[Any]] = self._session.run(None, {**self._no_past(feeds), **feeds})
-        return outputs
-
-    def _no_past(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Keys and values of no tokens, for those that are not fed."""
-        shapes = {one.name: one.shape for one in self._session.get_inputs() if one.name not in feeds}
-        rows = len(next(iter(feeds.values())))
-        return {
-            name: np.zeros((rows, shapes[name][1], 0, shapes[name][3]), np.float32) for name in caching.names(shapes)
-        }
+open_session = session.open_onnx

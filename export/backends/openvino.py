@@ -9,25 +9,19 @@ Source  docs.openvino.ai, "OpenVINO IR format", "CPU device", "Low Precision Tra
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import onnx
 import torch
-from numpy.typing import NDArray
 
-from ...errors import InputError, UnavailableError, UsageError
+from ...errors import UnavailableError, UsageError
 from ...files import new_folder
 from ...models.dequantize import dequantized
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
-from .. import halves, pairs, parity
+from .. import halves, pairs, parity, reference, session
 from ..artifact import Artifact, Session
 from . import onnx as onnx_backend
 
@@ -41,14 +35,6 @@ SESSIONS = {
 """What floats are computed in. By itself OpenVINO takes bfloat16 where the CPU has it, for fp32 files too; beside 8
 bits that is wanted. A CPU without bfloat16 computes in float32 whatever is asked."""
 SCHEMES = tuple(SESSIONS)
-
-
-def library() -> ModuleType:
-    """The module ``openvino``; UnavailableError where it is not installed or not whole."""
-    try:
-        return import_module("openvino")
-    except (ImportError, OSError) as error:
-        raise UnavailableError("OpenVINO is missing: pip install 'edgepress[openvino]' brings it.") from error
 
 
 def write(
@@ -65,7 +51,7 @@ def write(
     state. Raises UnavailableError where OpenVINO is not installed or cannot read the graph, and ParityError; nothing
     is left behind then.
     """
-    openvino = library()
+    openvino = session.openvino()
     if plan.scheme not in SCHEMES:
         raise UsageError(
             f"The openvino runtime cannot write the scheme '{plan.scheme}' (it can: {', '.join(SCHEMES)})."
@@ -79,15 +65,18 @@ def write(
         try:
             model = openvino.Core().read_model(graph.SerializeToString())
         except RuntimeError as error:
-            raise UnavailableError(f"OpenVINO cannot read the graph of {workload.name}: {_reason(error)}") from error
+            why = session.reason(error)
+            raise UnavailableError(f"OpenVINO cannot read the graph of {workload.name}: {why}") from error
         openvino.save_model(model, place / MODEL_FILE, compress_to_fp16=False)
         described = artifacts.describe(workload, plan, graph, runtime="openvino", file=MODEL_FILE, name=name, base=base)
         tools = {tool: version(tool) for tool in ("torch", "onnx", "openvino", "transformers")}
         kinds = Counter(operator.get_type_name() for operator in model.get_ops())
         more = {"session": SESSIONS[plan.scheme], "operators": dict(sorted(kinds.items())), "tools": tools}
         manifest = described.model_copy(update=more)
-        with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as session:
-            proof = parity.prove(workload, lambda feed: session.run(feed)[0], precision=plan.scheme)
+        with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as opened:
+            kept = reference.Recorder(opened.run)
+            proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
+        kept.save(place)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
 
@@ -101,33 +90,4 @@ def written(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
     return graph
 
 
-@contextmanager
-def open_session(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> Iterator[OpenVinoSession]:
-    """Open an artifact for running; ``threads`` is the size of the pool that one operator is split over."""
-    if device != "cpu":
-        raise UsageError(f"The openvino runtime runs on 'cpu', not on '{device}'.")
-    openvino = library()
-    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    if artifact.manifest.session.inference_precision:
-        settings["INFERENCE_PRECISION_HINT"] = artifact.manifest.session.inference_precision
-    try:
-        compiled = openvino.Core().compile_model(artifact.model_file, "CPU", settings)
-    except RuntimeError as error:
-        raise InputError(f"OpenVINO cannot load {artifact.model_file}: {_reason(error)}") from error
-    yield OpenVinoSession(compiled)
-
-
-def _reason(error: RuntimeError) -> str:
-    """What an error of OpenVINO says, after the lines that name its own sources."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith(("Exception from", "Check '"))), type(error).__name__)
-
-
-class OpenVinoSession:
-    """A compiled model: ``run`` maps input arrays by name to the list of outputs."""
-
-    def __init__(self, compiled: Any) -> None:
-        self.compiled = compiled
-
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        return list(self.compiled(dict(feeds)).values())
+open_session = session.open_openvino

@@ -33,7 +33,7 @@ from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
 from .. import engine as engines
-from .. import layers, parity, qdq, typed
+from .. import layers, parity, qdq, reference, typed
 from ..artifact import Artifact
 from ..placement import names
 from . import onnx as onnx_backend
@@ -110,7 +110,8 @@ def write(
             "tools": {**tools, built.library: built.version},
         }
         manifest = described.model_copy(update=more)
-        manifest = artifacts.seal_proven(place, manifest, _prove(workload, Artifact(place, manifest), graph), workload)
+        proof = _prove(workload, Artifact(place, manifest), graph)
+        manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
 
 
@@ -166,18 +167,21 @@ def ranges(workload: Workload, tuned: Mapping[str, int]) -> dict[str, engines.Ra
 
 
 def _prove(workload: Workload, artifact: Artifact, graph: onnx.ModelProto) -> artifacts.Parity:
-    """Parity of the engine with the module or, where it cannot run here, of its graph."""
+    """Parity of the engine with the module, whose references are kept, or of its graph where it cannot run here."""
     precision = artifact.precision
     try:
         with open_session(artifact) as session:
-            return parity.prove(workload, lambda feed: session.run(feed)[0], precision=precision)
+            kept = reference.Recorder(session.run)
+            proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=precision)
+        kept.save(artifact.folder)
+        return proof
     except UnavailableError:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
         content = (typed.emulated(graph) if precision == "bf16" else graph).SerializeToString()
         runner = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        reference = "the PyTorch module, by the engine's graph on the CPU"
-        return parity.prove(workload, lambda feed: runner.run(None, feed)[0], precision=precision, reference=reference)
+        name = "the PyTorch module, by the engine's graph on the CPU"
+        return parity.prove(workload, lambda feed: runner.run(None, feed)[0], precision=precision, reference=name)
 
 
 @contextmanager

@@ -1,0 +1,146 @@
+"""References: what an artifact answered where it was proven, kept beside it so that another machine can be held to it.
+
+``reference.npz`` has some of the inputs that parity was proven on, which are calibration rows where there are any, and
+of each answer to them its shape and evenly spaced values, so that the file stays small beside a vocabulary of logits.
+Nothing here needs PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError, ParityError
+from . import session
+from .artifact import Artifact
+
+FILE = "reference.npz"
+CASES, MOST_BYTES, VALUES = 3, 2 << 20, 2048
+"""How many inputs are kept, of how many bytes together, and how many values of an answer."""
+MOST_UNPACKED = 64 << 20
+TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
+"""Largest difference of a float precision's values, in units of the reference's largest one: that of parity."""
+INTEGER_TOLERANCE = 0.02
+"""Root mean square difference in units of the reference's, for integer precisions. The same codes come out of kernels
+that are right, but for rounding between them; kernels that saturate, as those of old CPUs do, are farther off."""
+
+Feeds = dict[str, NDArray[Any]]
+Run = Callable[[Feeds], list[NDArray[Any]]]
+
+
+class Recorder:
+    """A session whose first runs are kept."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._arrays: Feeds = {}
+        self._cases, self._bytes = 0, 0
+
+    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
+        found = self._run(feeds)
+        size = sum(array.nbytes for array in feeds.values())
+        if self._cases < CASES and self._bytes + size <= MOST_BYTES:
+            self._arrays |= {f"{self._cases}.input.{name}": array for name, array in feeds.items()}
+            for place, array in enumerate(found):
+                self._arrays[f"{self._cases}.shape.{place}"] = np.array(array.shape)
+                self._arrays[f"{self._cases}.values.{place}"] = _spaced(array)
+            self._cases, self._bytes = self._cases + 1, self._bytes + size
+        return found
+
+    def save(self, folder: Path) -> None:
+        if self._cases:
+            np.savez_compressed(folder / FILE, **self._arrays)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What :func:`verify` found: the worst figures over ``cases`` inputs, or nothing where the artifact has none."""
+
+    cases: int
+    max_abs: float | None = None
+    max_rel: float | None = None
+    """Of the largest value of the reference."""
+    cosine: float | None = None
+
+
+def verify(artifact: Artifact, *, threads: int = 1) -> Verified:
+    """Run the references of an opened artifact, whose checksums are thus right, on this machine.
+
+    Raises ParityError where it answers otherwise than where it was proven, beyond the tolerance of its precision;
+    InputError where the references are damaged, UnavailableError where its runtime is missing.
+    """
+    path = artifact.folder / FILE
+    if not path.is_file():
+        return Verified(0)
+    try:
+        with ZipFile(path) as packed:
+            size = sum(entry.file_size for entry in packed.infolist())
+        if size > MOST_UNPACKED:
+            raise InputError(f"{path} would take {size / 1e6:.0f} MB, far more than references do.")
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = dict(stored)
+        cases = sorted({int(name.split(".", 1)[0]) for name in arrays})
+    except (BadZipFile, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    pairs = []
+    with _opened(artifact, threads) as run:
+        for case in cases:
+            marked = f"{case}.input."
+            feeds = {name.removeprefix(marked): array for name, array in arrays.items() if name.startswith(marked)}
+            for place, ours in enumerate(run(feeds)):
+                shape, theirs = (arrays.get(f"{case}.{word}.{place}") for word in ("shape", "values"))
+                if shape is None or theirs is None:
+                    raise InputError(f"{path} has no answer {place} to compare with.")
+                if ours.shape != tuple(shape):
+                    raise ParityError(f"{artifact.folder} gives {ours.shape} here, not {tuple(map(int, shape))}.")
+                pairs.append((_spaced(ours).astype(np.float64), theirs.astype(np.float64)))
+    return _compared(artifact, pairs, len(cases))
+
+
+def _compared(artifact: Artifact, pairs: list[tuple[NDArray[np.float64], NDArray[np.float64]]], cases: int) -> Verified:
+    ours, theirs = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    if not np.isfinite(ours).all():
+        raise ParityError(f"{artifact.folder} gives values here that are not finite.")
+    largest, spread = max(np.abs(theirs).max(), 1e-12), max(np.sqrt(np.square(theirs).mean()), 1e-12)
+    max_abs = float(np.abs(ours - theirs).max())
+    if artifact.precision in TOLERANCE:
+        error, limit, unit = max_abs / largest, TOLERANCE[artifact.precision], "largest value"
+    else:
+        error = float(np.sqrt(np.square(ours - theirs).mean()) / spread)
+        limit, unit = INTEGER_TOLERANCE, "root mean square"
+    if error > limit:
+        raise ParityError(
+            f"{artifact.folder} does not compute here what it computed where it was proven: {error:.2e} of the {unit} "
+            f"away, where {limit:.2g} is allowed in {artifact.precision}."
+        )
+    norms = max(float(np.linalg.norm(ours) * np.linalg.norm(theirs)), 1e-12)
+    return Verified(cases, max_abs, float(max_abs / largest), float(ours @ theirs) / norms)
+
+
+@contextmanager
+def _opened(artifact: Artifact, threads: int) -> Iterator[Run]:
+    """What runs the artifact; of engines the library that builds them too, which needs PyTorch."""
+    runtime = artifact.manifest.runtime
+    if runtime == "onnx":
+        with session.open_onnx(artifact, threads=threads) as opened:
+            yield opened.run
+    elif runtime == "openvino":
+        with session.open_openvino(artifact, threads=threads) as compiled:
+            yield compiled.run
+    else:
+        from .backends.tensorrt import open_session
+
+        with open_session(artifact) as engine:
+            yield engine.run
+
+
+def _spaced(array: NDArray[Any]) -> NDArray[Any]:
+    """At most ``VALUES`` values, evenly spaced over the whole."""
+    return array.reshape(-1)[:: max(1, -(-array.size // VALUES))]
