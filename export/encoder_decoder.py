@@ -64,11 +64,16 @@ def parts(workload: Workload, length: int) -> dict[str, Workload]:
 
 
 def has_parts(workload: Workload) -> bool:
-    return workload.task is tasks.GENERATION and "decoder_input_ids" in workload.example
+    return _writes(workload) and "decoder_input_ids" in workload.example
 
 
 def is_encoder(workload: Workload) -> bool:
-    return workload.task is tasks.GENERATION and "decoder_input_ids" not in workload.example
+    return _writes(workload) and "decoder_input_ids" not in workload.example
+
+
+def _writes(workload: Workload) -> bool:
+    config = getattr(workload.module, "config", None)
+    return workload.task is tasks.GENERATION and bool(getattr(config, "is_encoder_decoder", False))
 
 
 def is_decoder(workload: Workload) -> bool:
