@@ -898,7 +898,6 @@ def _write_artifact(
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code)
         step = screen.progress("export")
         step(0, 0, "writing and proving parity")
-
         more = dict(options or {})
 
         def write(part: Workload, folder: Path) -> Artifact:
