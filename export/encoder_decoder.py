@@ -8,10 +8,11 @@ its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -64,11 +65,16 @@ def parts(workload: Workload, length: int) -> dict[str, Workload]:
 
 
 def has_parts(workload: Workload) -> bool:
-    return workload.task is tasks.GENERATION and "decoder_input_ids" in workload.example
+    return _writes(workload) and "decoder_input_ids" in workload.example
 
 
 def is_encoder(workload: Workload) -> bool:
-    return workload.task is tasks.GENERATION and "decoder_input_ids" not in workload.example
+    return _writes(workload) and "decoder_input_ids" not in workload.example
+
+
+def _writes(workload: Workload) -> bool:
+    config = getattr(workload.module, "config", None)
+    return workload.task is tasks.GENERATION and bool(getattr(config, "is_encoder_decoder", False))
 
 
 def is_decoder(workload: Workload) -> bool:
@@ -182,50 +188,59 @@ def costs(workload: Workload) -> dict[str, int]:
 
 def prove(workload: Workload, run: parity.Steps, *, precision: str) -> Parity:
     """Parity of a part: an encoder's keys and values, or a decoder's steps against the module that writes at once."""
-
-    def read(feed: parity.Feeds) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(array) for name, array in feed.items() if "decoder" not in name}
-
-    def encoded(feed: parity.Feeds) -> list[NDArray[Any]]:
-        with torch.no_grad():
-            made = Encoder(workload.module, tuple(read(feed)))(*read(feed).values())
-        return [one.numpy() for one in made]
-
-    def flat(made: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        return np.concatenate([one.reshape(len(one), -1) for one in made], axis=1)
-
     if is_encoder(workload):
-        given = (parity.feeds(workload, sizes) for sizes in parity.corners(workload))
-        ours, theirs = (lambda feed: flat(run(feed))), (lambda feed: flat(encoded(feed)))
-        return parity.check(ours, theirs, given, precision=precision, reference_name=parity.MODULE)
+        encode = Encoder(workload.module, tuple(workload.example))
+
+        def reference(feed: parity.Feeds) -> NDArray[Any]:
+            with torch.no_grad():
+                return _flat([one.numpy() for one in encode(*(torch.from_numpy(array) for array in feed.values()))])
+
+        inputs = (parity.feeds(workload, sizes) for sizes in parity.corners(workload))
+        ours: parity.Run = lambda feed: _flat(run(feed))  # noqa: E731
+        return parity.check(ours, reference, inputs, precision=precision, reference_name=parity.MODULE)
     own = [name for name in cache.names(workload.example) if CROSS not in name]
 
     def steps(feed: parity.Feeds) -> NDArray[Any]:
-        given = {name: array for name, array in feed.items() if name == "attention_mask"}
-        given |= crossed(encoded(feed))
+        given = {name: array for name, array in feed.items() if name == "attention_mask" or CROSS in name}
         kept: parity.Feeds = {}
-        if feed["past_decoder_input_ids"].size:
-            made = run({"decoder_input_ids": feed["past_decoder_input_ids"], **given})
+        if feed["past_ids"].size:
+            made = run({"decoder_input_ids": feed["past_ids"], **given})
             kept = dict(zip(own, made[1:], strict=True))
         return run({"decoder_input_ids": feed["decoder_input_ids"], **given, **kept})[0]
 
     def module(feed: parity.Feeds) -> NDArray[Any]:
-        ids = np.concatenate([feed["past_decoder_input_ids"], feed["decoder_input_ids"]], axis=1)
+        ids = np.concatenate([feed["past_ids"], feed["decoder_input_ids"]], axis=1)
+        mask = {name: torch.from_numpy(array) for name, array in feed.items() if name == "attention_mask"}
+        hidden = (torch.from_numpy(feed["encoder_outputs"]),)
         with torch.no_grad():
-            logits: Tensor = workload.module(**read(feed), decoder_input_ids=torch.from_numpy(ids)).logits
-        written: NDArray[Any] = logits[:, feed["past_decoder_input_ids"].shape[1] :].numpy()
+            made = workload.module(encoder_outputs=hidden, **mask, decoder_input_ids=torch.from_numpy(ids))
+        written: NDArray[Any] = made.logits[:, feed["past_ids"].shape[1] :].numpy()
         return written
 
-    given = (_split(workload, sizes) for sizes in parity.corners(workload))
-    return parity.check(steps, module, given, precision=precision, reference_name=parity.MODULE)
+    return parity.check(steps, module, _feeds(workload), precision=precision, reference_name=parity.MODULE)
 
 
-def _split(workload: Workload, sizes: dict[str, int]) -> parity.Feeds:
-    """What is read, and the tokens before and after a past, of these sizes."""
-    past, new, pads = sizes["past_sequence"], sizes["decoder_sequence"], workload.data.calibration.pads
-    made = {name: tensor.numpy() for name, tensor in parity.inputs(workload, sizes["batch"]).items()}
-    ids = np.stack([np.resize(row, past + new) for row in made["decoder_input_ids"]])
-    read = {name: array for name, array in made.items() if not name.startswith(("decoder_", PAST))}
-    if "sequence" in sizes:
-        read = {name: parity.fitted(array, sizes["sequence"], pads.get(name, 0)) for name, array in read.items()}
-    return {"decoder_input_ids": ids[:, past:], "past_decoder_input_ids": ids[:, :past], **read}
+def _flat(made: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate([one.reshape(len(one), -1) for one in made], axis=1)
+
+
+def _feeds(workload: Workload) -> Iterator[parity.Feeds]:
+    """At each corner the tokens before and after a past, with what the module's own encoder has read, once for all."""
+    pads, whole = workload.data.calibration.pads, cast(Any, workload.module)
+    for (batch, length), corners in itertools.groupby(
+        parity.corners(workload), key=lambda sizes: (sizes["batch"], sizes.get("sequence"))
+    ):
+        made = {name: tensor.numpy() for name, tensor in parity.inputs(workload, batch).items()}
+        read = {name: array for name, array in made.items() if not name.startswith(("decoder_", PAST))}
+        if length is not None:
+            read = {name: parity.fitted(array, length, pads.get(name, 0)) for name, array in read.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in read.items()}
+        with torch.no_grad():
+            hidden = whole.get_encoder()(**tensors)[0].numpy()
+            crossing = crossed([one.numpy() for one in Encoder(whole, tuple(tensors))(*tensors.values())])
+        mask = {name: array for name, array in read.items() if name == "attention_mask"}
+        for sizes in corners:
+            past, new = sizes["past_sequence"], sizes["decoder_sequence"]
+            ids = np.stack([np.resize(row, past + new) for row in made["decoder_input_ids"]])
+            written = {"decoder_input_ids": ids[:, past:], "past_ids": ids[:, :past]}
+            yield {**written, **mask, "encoder_outputs": hidden, **crossing}

@@ -125,7 +125,7 @@ def prove_steps(workload: Workload, run: Steps, *, precision: str) -> Parity:
     """
 
     def steps(feed: Feeds) -> NDArray[Any]:
-        before, mask = feed["past_input_ids"], feed["attention_mask"]
+        before, mask = feed["past_ids"], feed["attention_mask"]
         past = before.shape[1]
         made = run({"input_ids": before, "attention_mask": mask[:, :past]}) if past else None
         kept = {} if made is None else cache.kept(workload, made)
@@ -134,8 +134,8 @@ def prove_steps(workload: Workload, run: Steps, *, precision: str) -> Parity:
         return whole
 
     def module(feed: Feeds) -> NDArray[Any]:
-        ids, mask = np.concatenate([feed["past_input_ids"], feed["input_ids"]], axis=1), feed["attention_mask"]
-        past = feed["past_input_ids"].shape[1]
+        ids, mask = np.concatenate([feed["past_ids"], feed["input_ids"]], axis=1), feed["attention_mask"]
+        past = feed["past_ids"].shape[1]
         whole = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         with torch.no_grad():
             logits = workload.module(**whole, position_ids=cache.positions(whole["attention_mask"], 0)).logits
@@ -155,7 +155,7 @@ def _split(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
         padding = row % min(4, total)
         real = made["input_ids"][row][made["attention_mask"][row] == 1].numpy()
         ids[row, padding:], mask[row, :padding] = np.resize(real, total - padding), 0
-    return {"input_ids": ids[:, past:], "past_input_ids": ids[:, :past], "attention_mask": mask}
+    return {"input_ids": ids[:, past:], "past_ids": ids[:, :past], "attention_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ def check(run: Run, reference: Run, inputs: Iterable[Feeds], *, precision: str, 
     found: dict[tuple[int, ...], _Difference] = {}
     for feed in inputs:
         shape = tuple(next(iter(feed.values())).shape)
-        shape = (*shape, *(array.shape[1] for name, array in feed.items() if name.startswith("past_")))
+        if "past_ids" in feed:
+            shape = (*shape, feed["past_ids"].shape[1])
         found[shape] = _difference(run(feed), reference(feed), shape)
     largest = max(1e-12, *(one.largest for one in found.values()))
     total = sum(one.size for one in found.values())

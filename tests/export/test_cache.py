@@ -246,7 +246,7 @@ def test_generation_refuses_what_was_not_proven(exported: Artifact, tmp_path: Pa
     opened = generate.open_decoder(exported.folder)
     with pytest.raises(ValueError, match=f"30 tokens and 11 new ones are more than the {TOKENS}"):
         generate.generate(opened, np.ones((1, 30), np.int64), max_new_tokens=11)
-    manifest = exported.manifest.model_copy(update={"inputs": {}})
+    manifest = exported.manifest.model_copy(update={"inputs": {}, "outputs": ("logits",)})
     (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
     with pytest.raises(ValueError, match="keeps no keys and values"):
         generate.open_decoder(tmp_path)
