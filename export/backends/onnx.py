@@ -23,7 +23,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ...errors import InputError, UnavailableError, UsageError
+from ...errors import InputError, ParityError, UnavailableError, UsageError
 from ...files import new_folder
 from ...models import tasks
 from ...models.dequantize import dequantized
@@ -31,7 +31,7 @@ from ...models.workload import Workload, answer
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
 from .. import cache as caching
-from .. import encoder_decoder, halves, nbits, parity, placement, reference, session
+from .. import encoder_decoder, halves, locate, nbits, parity, placement, reference, session
 from ..artifact import Artifact, Session
 
 FORMS: dict[str, Session] = {
@@ -102,10 +102,31 @@ def write(
             elif caching.names(workload.example):
                 proof = parity.prove_steps(workload, kept.run, precision=plan.scheme)
             else:
-                proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
+                try:
+                    proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
+                except ParityError as error:
+                    raise ParityError(f"{error}{_whence(workload, plan, final, usable)}") from error
         kept.save(place)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
+
+
+def _whence(workload: Workload, plan: QuantizationPlan, graph: onnx.ModelProto, base: Artifact | None) -> str:
+    """The sentence that says which operator of ``graph`` departs first, or nothing where that is not found."""
+    limit = parity.TOLERANCE.get(plan.scheme, parity.INTEGER_TOLERANCE)
+    for sizes in parity.corners(workload):
+        feeds = parity.feeds(workload, sizes)
+        if plan.scheme == "fp32":
+            found = locate.from_module(graph, workload, feeds, limit)
+        else:
+            float_graph = onnx.load(base.model_file) if base else export(dequantized(workload, plan))
+            found = locate.from_graph(graph, float_graph, feeds, limit)
+        if found:
+            return (
+                f" It begins at '{found.operator}', whose output is {found.error:.2e} of its root mean square away; "
+                f"before it that was {found.before:.2e}."
+            )
+    return ""
 
 
 def export_artifact(
