@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from edgepress.compress.prune.reconstruct import reconstruct
+from edgepress.compress.score import METHODS
 from edgepress.models import checkpoint, metrics
 
 DEVICE = os.environ.get("EDGEPRESS_DEVICE", "cuda")
@@ -44,7 +45,7 @@ def there(workload: Any) -> Any:
     return replace(workload, module=copy.deepcopy(workload.module).to(DEVICE))
 
 
-@pytest.mark.parametrize("method", ["masked_taylor", "taylor", "fisher", "head_gate", "ablation"])
+@pytest.mark.parametrize("method", METHODS)
 def test_scores_are_those_of_the_cpu(workload: Any, method: str) -> None:
     with exact():
         ours, theirs = (ep.score(one, method, rows=32).values for one in (there(workload), workload))

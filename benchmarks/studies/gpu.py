@@ -1,7 +1,7 @@
 """The zoo on an NVIDIA GPU: original, pruned and 2:4 sparse, in every precision, in three runtimes.
 
     python benchmarks/studies/gpu.py --out work --seconds 400            measure, and write work/<gpu>.json
-    python benchmarks/studies/gpu.py --table benchmarks/results/<gpu>.json > docs/gpu.md
+    python benchmarks/studies/gpu.py --table benchmarks/results/<gpu>*.json > docs/gpu.md
 
 Every variant of one model at one batch is measured in turn, round after round, so that drift hits all alike. A latency
 is of one inference that is waited for, by the wall clock: once with inputs and outputs left on the GPU, and once with
@@ -366,6 +366,8 @@ def describe(device: str) -> dict[str, Any]:
     for package in ("tensorrt", "tensorrt_rtx", "onnxruntime-gpu", "triton", "accelerate"):
         with contextlib.suppress(PackageNotFoundError):
             found["packages"][package] = version(package)
+    if "onnxruntime-gpu" in found["packages"]:  # it takes the place of the other
+        found["packages"].pop("onnxruntime", None)
     if device == "cpu":
         return {**found, "gpu": "none"}
     properties = torch.cuda.get_device_properties(0)
@@ -404,10 +406,10 @@ def main() -> None:
     parser.add_argument("--group-seconds", type=float, default=8, help="of measuring, for each model and batch")
     parser.add_argument("--steps", type=int, default=400, help="of distillation")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--table", type=Path, help="print the Markdown of this file, and measure nothing")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the Markdown of these files, and measure nothing")
     arguments = parser.parse_args()
     if arguments.table:
-        sys.stdout.write(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        sys.stdout.write("\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in arguments.table))
         return
     study(arguments)
 

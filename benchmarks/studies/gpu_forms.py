@@ -185,6 +185,7 @@ def _on(array: NDArray[Any], device: str, dtype: torch.dtype) -> Tensor:
 def prepare_onnxruntime(artifact: Any, params: int, feeds: Feeds) -> Prepared:
     import onnxruntime
 
+    onnxruntime.preload_dlls()  # those of CUDA that PyTorch brought along
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(

@@ -14,7 +14,7 @@ def table(document: Mapping[str, Any]) -> str:
         f"# On {where['gpu']}",
         "",
         f"Driver {where.get('driver_version', 'unknown')}, CUDA {where['cuda']}; {libraries}. Made by "
-        "`benchmarks/studies/gpu.py`.",
+        f"`benchmarks/studies/gpu.py`. {document.get('note', '')}".rstrip(),
         "",
         "A latency is the median of single inferences that are waited for, in ms, with inputs and outputs on the GPU; "
         "in brackets with the copies from and to the host. The ratio is the speedup over the fastest 16-bit form of "

@@ -47,7 +47,7 @@ def score(evidence: Evidence, *, ridge: float = RIDGE) -> Tensor:
                     for width in {len(columns) for columns in units}:
                         alike = [unit for unit, columns in enumerate(units) if len(columns) == width]
                         found = errors(inverse, weight, torch.stack([units[unit] for unit in alike]))
-                        scores[torch.tensor(alike) + place.start] += found
+                        scores[torch.tensor(alike) + place.start] += found.cpu()
     for site, place in structure.slices():
         if site.kind == "block":
             scores[place] = evidence.seen.moved[site.block].value
@@ -71,7 +71,7 @@ def damped(h: Tensor, *, ridge: float = RIDGE) -> Tensor:
     λ grows tenfold until that is positive definite: sums in float32 of inputs that vary in few directions are not.
     """
     weight = ridge * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny)
-    eye = torch.eye(len(h), dtype=h.dtype)
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     while torch.linalg.cholesky_ex(h + weight * eye).info and torch.isfinite(weight):
         weight = 10 * weight
     return h + weight * eye

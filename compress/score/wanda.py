@@ -28,6 +28,6 @@ def score(evidence: Evidence) -> Tensor:
         for cut in site.gates:
             reader = evidence.workload.module.get_submodule(cut.layer)
             sizes = evidence.seen.moments[cut.layer].square.double().sqrt()
-            of_columns = matrix(reader).detach().double().abs().sum(dim=0) * sizes
+            of_columns = (matrix(reader).detach().double().abs().sum(dim=0) * sizes).cpu()
             scores[place] += by_unit(site, of_columns[places(reader, site, cut)].sum(dim=1))
     return of_blocks(structure, scores)

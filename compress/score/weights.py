@@ -20,12 +20,12 @@ def power_sums(module: nn.Module, structure: Structure, site: Site, power: int) 
     """
     if site.kind == "block":
         parameters = [p.detach().double() for p in module.get_submodule(site.block).parameters()]
-        total = torch.stack([p.abs().pow(power).sum() for p in parameters]).sum()
+        total = torch.stack([p.abs().pow(power).sum() for p in parameters]).sum().cpu()
         return total[None], torch.tensor([sum(p.numel() for p in parameters)], dtype=torch.float64)
     sums, sizes = torch.zeros(2, site.count, dtype=torch.float64)
     for cut in site.cuts:
         for own in _owned(module, cut, site.count):
-            sums += own.double().abs().pow(power).sum(dim=1)
+            sums += own.double().abs().pow(power).sum(dim=1).cpu()
             sizes += own.shape[1]
     heads = structure.find("head", site.layer) if site.kind == "kv" else None
     if heads is not None:
