@@ -8,13 +8,14 @@ import sys
 import traceback
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import ConstraintError, EdgepressError, UnavailableError, UsageError
+from .errors import ConstraintError, EdgepressError, InputError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from .benchmarks.speed import Fitted
@@ -1077,6 +1078,19 @@ def bench(
         _table(first, others, None)
 
 
+def _sweep_table(found: Sequence[dict[str, Any]]) -> None:
+    """A line for each cell: what was chosen, beside its original."""
+    from .benchmarks.tables import COLUMNS, plain_table
+    from .benchmarks.tables import cells as texts
+
+    lines = []
+    for cell in found:
+        rows = [row for row in (cell["original"], *cell["results"]) if row and row["name"] == cell["chosen"]]
+        lines.append([cell["name"], cell["state"], *(texts(rows[0], cell["original"]) if rows else [cell["said"]])])
+    width = max(map(len, lines), default=0)
+    plain_table(["cell", "state", *COLUMNS][:width], [line + [""] * (width - len(line)) for line in lines])
+
+
 def _shares(text: str) -> float | dict[str, float]:
     """``0.5``, or ``ffn=0.5,block=0.25``."""
     try:
@@ -1098,16 +1112,54 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 @app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="YAML: a recipe, and values to try for some of its fields.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the sweep.")] = Path("runs/sweep"),
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="A Ray cluster's address, or auto, with one cell a machine at a time.")
+    ] = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Over the recipe's seed.", min=0)] = None,
+) -> None:
+    """Compress by every recipe of a grid; what is finished in the folder is not done again."""
+    from . import sweep as sweeps
+    from .benchmarks.board import board
+    from .cluster import on_ray
+
+    cells = sweeps.read(grid, seed)
+    finisher = partial(on_ray, address=ray) if ray else sweeps.local
+    with board({cell.key: cell.name for cell in cells}) as tell:
+        found = sweeps.sweep(cells, out, finisher, tell)
+    if json_:
+        _print({"cells": found})
+    else:
+        _sweep_table(found)
+        print(f"results  {out / sweeps.RESULTS}")
+    if failed := [cell for cell in found if cell["state"] == "failed"]:
+        raise InputError(f"{len(failed)} of {len(found)} cells failed; {failed[0]['name']}: {failed[0]['said']}")
+
+
+@app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="A run folder, or artifact folders to measure.")],
+    runs: Annotated[list[Path], typer.Argument(help="A run folder, results.sqlite, or artifact folders to measure.")],
     target: TargetOption = "cpu",
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """The table of a run against its original, or of artifacts measured now against the first."""
+    """The table of a run against its original, of a sweep, or of artifacts measured now against the first."""
     from .stages import read_summary
 
+    if len(runs) == 1 and runs[0].suffix == ".sqlite":
+        from .sweep import results
+
+        found = results(runs[0])
+        if json_:
+            _print({"cells": found})
+        else:
+            _sweep_table(found)
+        return
     if len(runs) == 1:
         summary = read_summary(runs[0])
         document = {name: summary[name] for name in ("original", "results", "chosen", "refused")}

@@ -1,0 +1,187 @@
+"""A grid of recipes: what is finished is not done again, and what goes wrong with one cell stays there."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from edgepress import sweep
+from edgepress.cluster import on_ray
+from edgepress.errors import InputError, UsageError
+
+
+@pytest.fixture(scope="module")
+def grid(model_folder: Path, reviews_csv: Path) -> dict[str, Any]:
+    """A cell takes seconds: nothing is pruned, and little is measured."""
+    recipe = {
+        "model": str(model_folder),
+        "data": str(reviews_csv),
+        "columns": {"text": "review", "label": "stars"},
+        "max_length": 32,
+        "limits": {"max_drop": 30},
+        "levels": [],
+        "quantize": {"scheme": "int8-dynamic"},
+        "measure": {"sequence": 32, "min_queries": 30, "min_seconds": 0.5},
+    }
+    return {"recipe": recipe, "grid": {"target": ["cpu:1", "cpu:2"]}}
+
+
+def written(grid: Any, folder: Path) -> Path:
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid), encoding="utf-8")
+    return path
+
+
+def quiet(key: str, now: str) -> None:
+    pass
+
+
+def test_a_cell_is_its_recipe_and_nothing_else(grid: Any, tmp_path: Path) -> None:
+    first = sweep.read(written(grid, tmp_path))
+    assert [cell.name for cell in first] == ["target=cpu:1", "target=cpu:2"]
+    wider = {**grid, "grid": {"limits.max_drop": [10, 30], "target": ["cpu:2", "cpu:1"]}}
+    more = sweep.read(written(wider, tmp_path))
+    assert len(more) == 4
+    assert {cell.key for cell in first} <= {cell.key for cell in more}
+    assert more[0].recipe.limits.max_drop == 10
+    assert more[0].recipe.quantize == first[0].recipe.quantize
+    assert {cell.recipe.seed for cell in sweep.read(written(grid, tmp_path), seed=7)} == {7}
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ({"recipes": {}}, "has 'recipes'; a grid has 'recipe' and 'grid' alone"),
+        ({"recipe": [1]}, "are to be mappings"),
+        (
+            {"recipe": {"model": "zoo:vit-fashion"}, "grid": {"target": "cpu"}},
+            "'target' in .* is to be a list",
+        ),
+        ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {"limits.max": [1, 2]}}, "limits.max 1 .*limits.max 2 "),
+        ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {"model.a": [1]}}, "'model.a' .* has no fields"),
+        ({"grid": {"seed": [1]}}, "model: Field required"),
+    ],
+)
+def test_grids_that_are_none(grid: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        sweep.read(written(grid, tmp_path))
+
+
+def test_cells_that_fail_and_are_mended(grid: Any, edgepress: Any, reviews_csv: Path, tmp_path: Path) -> None:
+    late = tmp_path / "late.csv"
+    path = written({**grid, "grid": {"data": [str(late), str(reviews_csv)]}}, tmp_path)
+    out = tmp_path / "sweep"
+    done = edgepress("sweep", path, "-o", out)
+    assert done.returncode == 2
+    assert "1 of 2 cells failed; data=late.csv: " in done.stderr.splitlines()[-1]
+    first = {one["name"]: one for one in sweep.results(out / sweep.RESULTS)}
+    assert first["data=late.csv"]["state"] == "failed"
+    assert str(late) in first["data=late.csv"]["said"]
+    good = first["data=reviews.csv"]
+    assert good["state"] == "done"
+    assert good["chosen"] == "int8-dynamic only"
+    assert good["results"][0]["speedup"]["value"] > 0
+
+    late.write_bytes(reviews_csv.read_bytes())
+    done = edgepress("sweep", path, "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "data=reviews.csv" not in done.stderr  # it was finished, and stays as it is
+    again = {one["name"]: one for one in sweep.results(out / sweep.RESULTS)}
+    assert again["data=late.csv"]["state"] == "done"
+    assert again["data=reviews.csv"] == good
+
+    shown = edgepress("compare", out / sweep.RESULTS)
+    assert shown.returncode == 0
+    assert shown.stdout.count("int8-dynamic") >= 2
+    with sqlite3.connect(out / sweep.RESULTS) as store:
+        told = store.execute("SELECT COUNT(*), MAX(speedup) FROM variants WHERE chosen").fetchone()
+    assert told[0] == 2
+    assert told[1] >= good["results"][0]["speedup"]["value"]
+
+
+def test_a_cell_that_is_killed_goes_on_behind_its_last_stage(grid: Any, tmp_path: Path) -> None:
+    cells = sweep.read(written({**grid, "grid": {}}, tmp_path))
+
+    def kill(key: str, now: str) -> None:
+        if now.startswith("gate-int8-dynamic"):
+            for child in psutil.Process().children():
+                if "compress" in child.cmdline():
+                    child.send_signal(signal.SIGKILL)
+
+    (ended,) = sweep.sweep(cells, tmp_path / "out", sweep.local, kill)
+    assert ended["state"] == "failed"
+    assert "It was ended by SIGKILL after 'gate-int8-dynamic" in ended["said"]
+    told = []
+    (ended,) = sweep.sweep(cells, tmp_path / "out", sweep.local, lambda key, now: told.append(now))
+    assert ended["state"] == "done"
+    assert not [now for now in told if now.startswith("baseline")]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database at all, but long enough to be taken for one" * 4])
+def test_files_that_are_no_results(content: bytes, here: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results.sqlite"
+    path.write_bytes(content)
+    done = here("compare", path)
+    assert done.returncode == 2
+    assert f"{path} cannot be used as results of a sweep" in done.stderr
+    assert path.read_bytes() == content
+    with pytest.raises(InputError, match="There is no file of results"):
+        sweep.results(tmp_path / "none.sqlite")
+
+
+def test_no_cluster(grid: Any, here: Any, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    done = here("sweep", written(grid, tmp_path), "-o", tmp_path / "out", "--ray", "127.0.0.1:1")
+    assert done.returncode == 2
+    assert "No Ray cluster answers at '127.0.0.1:1'" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="clusters of several nodes on one machine are Linux's alone")
+def test_a_node_of_a_cluster_is_lost_and_no_result(grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes on loopback, which are one machine and so get one cell at a time; the one at work is killed."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "4")
+    cells = sweep.read(written({**grid, "grid": {"seed": [0, 1, 2]}}, tmp_path))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    killed: list[str] = []
+    at_work: list[int] = []
+
+    def kill(node: Any) -> None:
+        """The node whose worker compresses, as soon as one does."""
+        while not killed:
+            for worker in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+                try:
+                    if "compress" in worker.cmdline():
+                        cluster.remove_node(node, allow_graceful=False)
+                        killed.append("node")
+                        return
+                except psutil.Error:
+                    continue
+            time.sleep(0.1)
+
+    def watch(key: str, now: str) -> None:
+        at_work.append(1 if now.startswith("on ") else 0)
+
+    try:
+        node = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        assert len([one for one in ray.nodes() if one["Alive"]]) == 2
+        threading.Thread(target=kill, args=(node,), daemon=True).start()
+        found = sweep.sweep(cells, tmp_path / "out", lambda *args: on_ray(*args, address=cluster.address), watch)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        killed.append("over")
+    assert [one["state"] for one in found] == ["done"] * 3
+    assert killed[0] == "node"
