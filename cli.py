@@ -1152,9 +1152,9 @@ def compare(
     from .stages import read_summary
 
     if len(runs) == 1 and runs[0].suffix == ".sqlite":
-        from .sweep import results
+        from . import sweep as sweeps
 
-        found = results(runs[0])
+        found = sweeps.results(runs[0])
         if json_:
             _print({"cells": found})
         else:

@@ -9,6 +9,7 @@ elsewhere they work in a folder of their own, which is brought home at the end.
 from __future__ import annotations
 
 import io
+import logging
 import shutil
 import tarfile
 import tempfile
@@ -44,7 +45,7 @@ def on_ray(cells: Sequence[Cell], runs: Path, tell: Tell, *, address: str) -> En
     mine = not ray.is_initialized()
     if mine:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=False)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())
             raise UnavailableError(
@@ -100,8 +101,9 @@ def _dispatched(ray: Any, waiting: deque[Cell], runs: Path, mark: str, tell: Tel
 
 
 def _machines(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """A living node of each address."""
-    return {node["NodeManagerAddress"]: node["NodeID"] for node in nodes if node["Alive"]}
+    """A living node of each address, of those that have CPUs to give: a head often has none."""
+    able = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
+    return {node["NodeManagerAddress"]: node["NodeID"] for node in able}
 
 
 def _work(asked: dict[str, Any], runs: str, key: str, mark: str) -> tuple[Ending, bytes | None]:

@@ -15,7 +15,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def folder(model_folder: Path, reviews_csv: Path, tmp_path: Path) -> Path:
-    """A folder that has the reader's model and rows."""
+    """A folder that has the reader's model, rows and grid."""
+    (grid,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "grid.yaml").write_text(grid, encoding="utf-8")
     (tmp_path / "my-model").symlink_to(model_folder)
     (tmp_path / "reviews.csv").symlink_to(reviews_csv)
     return tmp_path
