@@ -119,8 +119,9 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
             raise InputError(f"{recipe.model} can only be judged on rows: give them with --data.")
     if "input_ids" in workload.example and recipe.measure.sequence > workload.max_length:
         raise UsageError(f"Sequence {recipe.measure.sequence} is longer than the model's {workload.max_length} tokens.")
-    run = _Run(out, recipe, workload, show, target)
-    outcome = run.finish(run.search(), resume=resume)
+    with targets.connect(target, target.runtime) as (_, target):  # one connection to a device for all that is measured
+        run = _Run(out, recipe, workload, show, target)
+        outcome = run.finish(run.search(), resume=resume)
     write_report(out)
     return outcome
 
@@ -130,7 +131,8 @@ class _Run:
 
     def __init__(self, out: Path, recipe: Recipe, workload: Workload, show: Display, target: Target) -> None:
         self.out, self.recipe, self.workload, self.show = out, recipe, workload, show
-        self.target, self.threads, self.backend = str(target), target.threads, backends.get(target.runtime)
+        self.target, self.backend = str(target), backends.get(target.runtime)
+        self.threads = environment.usable_cpus() if target.address else target.threads  # of this machine, for judging
         self.constraint: Constraint = recipe.limits.constraint()
         self.kept: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnavailableError, UsageError
+from ..export import reference
 from ..export.artifact import Artifact, Axis
 from . import runner, targets
-from .environment import fingerprint
 from .measurement import Measurement
 
 Feeds = dict[str, NDArray[Any]]
@@ -42,7 +42,8 @@ def benchmark(
     It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
     have no ``sequence``: it is 0 in what is returned. After a ``past`` of so many tokens their keys and values are
     given. Raises UsageError where the shape lies outside the range that an artifact was proven in, and UnavailableError
-    where its runtime cannot be measured.
+    where its runtime cannot be measured. On a device ParityError where an artifact does not answer there as it did where
+    it was proven, if references came with it; and what ``targets.connect`` raises.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
@@ -56,7 +57,7 @@ def benchmark(
                 f"(what can: {', '.join(runner.RUNTIMES)})."
             )
         package, _ = runner.RUNTIMES[artifact.manifest.runtime]
-        if find_spec(package) is None:
+        if where.host == "local" and find_spec(package) is None:
             raise UnavailableError(
                 f"{artifact.folder} runs on {package}, which is missing: "
                 f"pip install 'edgepress[{artifact.manifest.runtime}]' brings it."
@@ -64,15 +65,19 @@ def benchmark(
         _check_shape(artifact, batch, sequence, past)
     if not _has_axis(artifacts[0], "sequence"):
         sequence = 0
-    with targets.get(where.host).connect(where.host) as host, tempfile.TemporaryDirectory() as folder:
+    runtimes = (artifact.manifest.runtime for artifact in artifacts)
+    with targets.connect(where, *runtimes) as (host, where), tempfile.TemporaryDirectory() as folder:
+        cases = [reference.read(artifact) if where.address else () for artifact in artifacts]
         for at, artifact in enumerate(artifacts):  # pruned models have keys and values of other sizes
             np.savez(Path(folder) / f"feeds{at}.npz", **arbitrary(artifact, batch, sequence, past))  # type: ignore[arg-type]
+            if cases[at]:
+                np.savez(Path(folder) / f"reference{at}.npz", **_numbered(artifact, cases[at]))  # type: ignore[arg-type]
         shutil.copy(RUNNER, folder)
         place = host.put(Path(folder))
         jobs = [
             {
                 "runtime": artifact.manifest.runtime,
-                "model": f"{host.put(artifact.folder)}/{artifact.manifest.model_file}",
+                "model": f"{host.put(artifact.folder, artifact.needed, progress)}/{artifact.manifest.model_file}",
                 "disabled_optimizers": list(artifact.manifest.session.disabled_optimizers),
                 "inference_precision": artifact.manifest.session.inference_precision,
                 "feeds": f"{place}/feeds{at}.npz",
@@ -83,14 +88,20 @@ def benchmark(
 
         def run(name: str, job: dict[str, Any]) -> Any:
             (Path(folder) / f"{name}.json").write_text(json.dumps({**common, **job}), encoding="utf-8")
+            host.put(Path(folder))
             return json.loads(host.run(["python", f"{place}/{RUNNER.name}", f"{place}/{name}.json"], _relay(progress)))
 
+        for at, artifact in enumerate(artifacts):
+            if cases[at]:
+                asked = {**jobs[at], "feeds": f"{place}/reference{at}.npz"}
+                found = run(f"answers{at}", {"mode": "answers", "artifacts": [asked], "values": reference.VALUES})
+                reference.judge(artifact, cases[at], _answers(found), where=f"on {where.where}")
         memories = [
             run(f"memory{i}", {"mode": "memory", "artifacts": [job]}) if memory else {} for i, job in enumerate(jobs)
         ]
         timing = {"mode": "latency", "artifacts": jobs, "min_queries": min_queries, "min_seconds": min_seconds}
         samples = run("latency", timing)["samples_ns"]
-    environment = fingerprint(where.threads)
+        environment = host.environment(where.threads)
     return [
         Measurement(
             name=artifact.name,
@@ -148,6 +159,23 @@ def arbitrary(artifact: Artifact, batch: int, sequence: int, past: int = 0) -> F
         else:
             feeds[name] = random.standard_normal(shape).astype(spec.dtype)
     return feeds
+
+
+def _numbered(artifact: Artifact, cases: Sequence[reference.Case]) -> Feeds:
+    """The inputs of ``cases`` as ``runner.answers`` takes them, with keys and values of no tokens where none are given."""
+    feeds: Feeds = {}
+    for number, case in enumerate(cases):
+        rows = len(next(iter(case.feeds.values())))
+        given = {**arbitrary(artifact, rows, 1, 0), **case.feeds} if _has_axis(artifact, "past_sequence") else case.feeds
+        feeds |= {f"{number}.input.{name}": array for name, array in given.items()}
+    return feeds
+
+
+def _answers(found: Any) -> list[list[reference.Answer]]:
+    return [
+        [reference.Answer(tuple(one["shape"]), np.asarray(one["values"])) for one in answers]
+        for answers in found["answers"]
+    ]
 
 
 def _relay(progress: Progress | None) -> Callable[[str], None]:
