@@ -57,9 +57,7 @@ Trust = Annotated[
 ]
 WHERE = "cpu, cpu:N for N threads, cpu:openvino:N, or ssh://user@host/cpu:N for a device."
 TargetOption = Annotated[str, typer.Option("--target", help=WHERE)]
-TargetsOption = Annotated[
-    list[str] | None, typer.Option("--target", help=f"{WHERE} More than once for several.")
-]
+TargetsOption = Annotated[list[str] | None, typer.Option("--target", help=f"{WHERE} More than once for several.")]
 
 
 class Screen:
@@ -370,9 +368,7 @@ def prune(
     speedup: Annotated[
         str | None, typer.Option("--speedup", help="Instead of a ratio: so much faster on --target, measured: 2x.")
     ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", help=f"Of --speedup: {WHERE}")
-    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help=f"Of --speedup: {WHERE}")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Of --speedup: rows at a time.", min=1)] = 1,
     seq: Annotated[
         int | None, typer.Option("--seq", help="Of --speedup: tokens; 128 where the model takes as many.", min=1)

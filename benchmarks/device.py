@@ -1,8 +1,8 @@
 """What a device is, and what is done on it over ssh. One file of Python 3.8's standard library, in ASCII.
 
 It is not installed over there: ``targets/ssh.py`` sends it, and runs ``python3 device.py VERB ARGUMENT...``. Every verb
-prints one JSON object a line, the last of which ends it, so that an answer that was cut short is known from a whole one;
-and every verb may be said again after a lost connection, for it does nothing twice.
+prints JSON objects, one a line, the last of which ends it, so that an answer that was cut short is known from a whole
+one; and every verb may be said again after a lost connection, for it does nothing twice.
 
 All that it writes is in one folder. The folder is removed when the connection is closed, and by a process left beside
 it (``keep``) where nobody has asked for anything for long: a client that was lost leaves nothing behind.
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def claim(base: str, lease: str) -> None:
         shutil.rmtree(str(folder), ignore_errors=True)
         _end(error=_full(error, folder.parent))
         return
-    _detached("keep", str(folder), lease)
+    (folder / "keeper").write_text(str(_detached("keep", str(folder), lease)), encoding="ascii")
     touch(str(folder))
 
 
@@ -199,12 +200,12 @@ def remove(folder: str) -> None:
     if not Path(folder).name.startswith(PREFIX):
         _end(error=f"{folder} is not a folder of edgepress")
         return
-    for lock in Path(folder).glob("*.lock"):
-        if _held(lock):
-            try:
-                os.killpg(int(_read(lock)), signal.SIGKILL)
-            except (ValueError, OSError):
-                pass
+    locks = [lock for lock in Path(folder).glob("*.lock") if _held(lock)]
+    for path in (*locks, Path(folder, "keeper")):
+        group = int(_read(path) or 0)
+        if group and group != os.getpgrp():
+            with suppress(OSError):
+                os.killpg(group, signal.SIGKILL)
     for _ in range(20):  # what was killed may be writing its last file
         shutil.rmtree(folder, ignore_errors=True)
         if not Path(folder).exists():
@@ -233,8 +234,9 @@ def start(folder: str, name: str, *command: str) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             group = _detached("work", folder, name, str(lock.fileno()), *command, keeping=[lock.fileno()])
             lock.write(str(group))
-    except FileExistsError:  # it was started before the connection was lost
-        pass
+    except FileExistsError:
+        _end()  # it was started before the connection was lost
+        return
     except OSError as error:
         _end(error=_full(error, Path(folder)))
         return
@@ -245,7 +247,8 @@ def work(folder: str, name: str, lock: str, *command: str) -> None:
     """Leave what ``command`` printed in ``NAME.out``, and then its exit code in ``NAME.code``."""
     here = Path(folder)
     with (here / (name + ".out")).open("wb") as out, (here / (name + ".err")).open("wb") as err:
-        code = subprocess.call(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, pass_fds=[int(lock)])
+        none, fds = subprocess.DEVNULL, [int(lock)]
+        code = subprocess.call(command, stdin=none, stdout=out, stderr=err, pass_fds=fds)  # noqa: S603 - our own words
     part = here / (name + ".part")
     part.write_text(str(code), encoding="ascii")
     part.replace(here / (name + ".code"))
@@ -254,7 +257,8 @@ def work(folder: str, name: str, lock: str, *command: str) -> None:
 def watch(folder: str, name: str, offset: str, seconds: str) -> None:
     """Lines that the command says on stderr from ``offset`` on, until it ends or ``seconds`` are over.
 
-    ``state`` is "running", "done" with the ``code``, or "killed"; one look a second is little beside what is timed.
+    ``state`` is "running", "done" with the ``code`` and the ``output``, or "killed". It looks once a second, which is
+    little beside what is timed.
     """
     here, at = Path(folder), int(offset)
     end = time.monotonic() + float(seconds)
@@ -264,7 +268,8 @@ def watch(folder: str, name: str, offset: str, seconds: str) -> None:
         code = _read(here / (name + ".code"))
         at = _tell(here / (name + ".err"), at, last=bool(code))
         if code or not held:
-            _end(state="done" if code else "killed", code=int(code or 0), offset=at)
+            state = "done" if code else "killed"
+            _end(state=state, code=int(code or 0), offset=at, output=_read(here / (name + ".out")))
             return
         if time.monotonic() > end:
             _end(state="running", offset=at)
@@ -286,11 +291,6 @@ def _tell(path: Path, at: int, *, last: bool) -> int:
     return at + len(rest)
 
 
-def result(folder: str, name: str) -> None:
-    """What the command printed."""
-    _end(output=_read(Path(folder, name + ".out")))
-
-
 def _held(lock: Path) -> bool:
     try:
         with lock.open("rb") as stream:
@@ -306,7 +306,7 @@ def _detached(*words: str, keeping: list[int] | None = None) -> int:
     """This file once more, as a process that goes on when the connection ends, with the files ``keeping`` open."""
     none = subprocess.DEVNULL
     command = [sys.executable, str(Path(words[1], "device.py")), *words]
-    started = subprocess.Popen(
+    started = subprocess.Popen(  # noqa: S603 - our own words
         command, stdin=none, stdout=none, stderr=none, start_new_session=True, pass_fds=keeping or []
     )
     return started.pid
@@ -316,7 +316,7 @@ def _end(**answer: Any) -> None:
     print(json.dumps({"end": True, **answer}), flush=True)
 
 
-VERBS = (probe, claim, touch, keep, receive, link, drop, remove, start, work, watch, result)
+VERBS = (probe, claim, touch, keep, receive, link, drop, remove, start, work, watch)
 
 if __name__ == "__main__":
     {verb.__name__: verb for verb in VERBS}[sys.argv[1]](*sys.argv[2:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..export import reference
 from ..export.artifact import Artifact, Axis
 from . import runner, targets
 from .measurement import Measurement
+from .targets import Target
 
 Feeds = dict[str, NDArray[Any]]
 Progress = Callable[[int, int, str], None]
@@ -42,8 +43,8 @@ def benchmark(
     It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
     have no ``sequence``: it is 0 in what is returned. After a ``past`` of so many tokens their keys and values are
     given. Raises UsageError where the shape lies outside the range that an artifact was proven in, and UnavailableError
-    where its runtime cannot be measured. On a device ParityError where an artifact does not answer there as it did where
-    it was proven, if references came with it; and what ``targets.connect`` raises.
+    where its runtime cannot be measured. On a device it raises what ``targets.connect`` does, and ParityError where an
+    artifact that came with references does not answer there as it did where it was proven.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
@@ -67,11 +68,8 @@ def benchmark(
         sequence = 0
     runtimes = (artifact.manifest.runtime for artifact in artifacts)
     with targets.connect(where, *runtimes) as (host, where), tempfile.TemporaryDirectory() as folder:
-        cases = [reference.read(artifact) if where.address else () for artifact in artifacts]
         for at, artifact in enumerate(artifacts):  # pruned models have keys and values of other sizes
             np.savez(Path(folder) / f"feeds{at}.npz", **arbitrary(artifact, batch, sequence, past))  # type: ignore[arg-type]
-            if cases[at]:
-                np.savez(Path(folder) / f"reference{at}.npz", **_numbered(artifact, cases[at]))  # type: ignore[arg-type]
         shutil.copy(RUNNER, folder)
         place = host.put(Path(folder))
         jobs = [
@@ -84,23 +82,16 @@ def benchmark(
             }
             for at, artifact in enumerate(artifacts)
         ]
-        common = {"threads": where.threads}
 
-        def run(name: str, job: dict[str, Any]) -> Any:
-            (Path(folder) / f"{name}.json").write_text(json.dumps({**common, **job}), encoding="utf-8")
-            host.put(Path(folder))
-            return json.loads(host.run(["python", f"{place}/{RUNNER.name}", f"{place}/{name}.json"], _relay(progress)))
+        def run(**job: Any) -> Any:
+            text = json.dumps({"threads": where.threads, **job})
+            return json.loads(host.run(["python", f"{place}/{RUNNER.name}", text], _relay(progress)))
 
-        for at, artifact in enumerate(artifacts):
-            if cases[at]:
-                asked = {**jobs[at], "feeds": f"{place}/reference{at}.npz"}
-                found = run(f"answers{at}", {"mode": "answers", "artifacts": [asked], "values": reference.VALUES})
-                reference.judge(artifact, cases[at], _answers(found), where=f"on {where.where}")
-        memories = [
-            run(f"memory{i}", {"mode": "memory", "artifacts": [job]}) if memory else {} for i, job in enumerate(jobs)
-        ]
-        timing = {"mode": "latency", "artifacts": jobs, "min_queries": min_queries, "min_seconds": min_seconds}
-        samples = run("latency", timing)["samples_ns"]
+        if where.address:
+            for artifact, job in zip(artifacts, jobs, strict=True):
+                _hold_to_reference(artifact, job, host, where, run)
+        memories = [run(mode="memory", artifacts=[job]) if memory else {} for job in jobs]
+        samples = run(mode="latency", artifacts=jobs, min_queries=min_queries, min_seconds=min_seconds)["samples_ns"]
         environment = host.environment(where.threads)
     return [
         Measurement(
@@ -161,21 +152,31 @@ def arbitrary(artifact: Artifact, batch: int, sequence: int, past: int = 0) -> F
     return feeds
 
 
+def _hold_to_reference(
+    artifact: Artifact, job: Mapping[str, Any], host: Any, where: Target, run: Callable[..., Any]
+) -> None:
+    """Once in a connection: ParityError where a device does not compute what came with ``artifact``."""
+    cases = reference.read(artifact)
+    model = artifact.manifest.files[artifact.manifest.model_file]
+    if not cases or model in host.verified:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "reference.npz", **_numbered(artifact, cases))  # type: ignore[arg-type]
+        feeds = f"{host.put(Path(folder))}/reference.npz"
+        told = run(mode="answers", artifacts=[{**job, "feeds": feeds}], values=reference.VALUES)["answers"]
+    found = [[reference.Answer(tuple(one["shape"]), np.asarray(one["values"])) for one in case] for case in told]
+    reference.judge(artifact, cases, found, where=f"on {where.where}")
+    host.verified.add(model)
+
+
 def _numbered(artifact: Artifact, cases: Sequence[reference.Case]) -> Feeds:
-    """The inputs of ``cases`` as ``runner.answers`` takes them, with keys and values of no tokens where none are given."""
+    """The inputs of ``cases`` as ``runner.answers`` takes them; keys and values of no tokens, where none are given."""
     feeds: Feeds = {}
     for number, case in enumerate(cases):
         rows = len(next(iter(case.feeds.values())))
-        given = {**arbitrary(artifact, rows, 1, 0), **case.feeds} if _has_axis(artifact, "past_sequence") else case.feeds
-        feeds |= {f"{number}.input.{name}": array for name, array in given.items()}
+        nothing = arbitrary(artifact, rows, 1, 0) if _has_axis(artifact, "past_sequence") else {}
+        feeds |= {f"{number}.input.{name}": array for name, array in {**nothing, **case.feeds}.items()}
     return feeds
-
-
-def _answers(found: Any) -> list[list[reference.Answer]]:
-    return [
-        [reference.Answer(tuple(one["shape"]), np.asarray(one["values"])) for one in answers]
-        for answers in found["answers"]
-    ]
 
 
 def _relay(progress: Progress | None) -> Callable[[str], None]:

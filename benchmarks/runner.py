@@ -1,8 +1,8 @@
-"""The timing loop. One file that runs wherever Python, numpy and a runtime are: ``python runner.py job.json``.
+"""The timing loop. One file that runs wherever Python, numpy and a runtime are: ``python runner.py JOB``, JSON itself.
 
 It knows no model, data or metric: it opens a runtime's files, feeds them the arrays of an ``.npz``, and prints one JSON
 document with raw nanoseconds. ``mode`` is "latency" (all artifacts in this one process, interleaved round by round, so
-that the machine's drift hits all alike), "memory" (one artifact in a process of its own), or "answers" (what it computes).
+that the machine's drift hits all alike), "memory" (one artifact in a process of its own) or "answers" (what it says).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ WINDOW = 10
 MOST_WINDOWS = 20
 
 
-def main(job_file: str) -> None:
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+def main(text: str) -> None:
+    job = json.loads(text)
     result = {"latency": latency, "memory": memory, "answers": answers}[job["mode"]](job)
     json.dump(result, sys.stdout)
 

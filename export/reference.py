@@ -117,7 +117,7 @@ def read(artifact: Artifact) -> tuple[Case, ...]:
     for number in numbers:
         marked = f"{number}.input."
         feeds = {name.removeprefix(marked): array for name, array in arrays.items() if name.startswith(marked)}
-        answers = []
+        answers: list[Answer] = []
         while (shape := arrays.get(f"{number}.shape.{len(answers)}")) is not None:
             values = arrays.get(f"{number}.values.{len(answers)}")
             if values is None:

@@ -103,13 +103,13 @@ def connect(target: Target, *runtimes: str) -> Iterator[tuple[Any, Target]]:
     what ``ssh.connect`` does.
     """
     with get(target.host).connect(target.address) as host:
-        if target.address:
+        if address := target.address:
             environment = host.environment(0)
             cpus = environment["cpus"]
             target = _fitting(replace(target, threads=target.threads or cpus), cpus)
             lacking = list(dict.fromkeys(name for runtime in runtimes for name in _lacking(environment, runtime)))
             if lacking:
-                raise UnavailableError(f"{_lack(target.address, lacking)}.")
+                raise UnavailableError(f"{_lack(address, lacking)}.")
         yield host, target
 
 

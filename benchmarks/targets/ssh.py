@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote, unquote
 
 from ...errors import EdgepressError, InputError, UnavailableError, UsageError
 from ...files import sha256
@@ -61,9 +61,10 @@ class Address:
 
     @classmethod
     def parse(cls, authority: str, query: str) -> Address:
-        """Of ``user@host:port`` and ``python=…&folder=…``, both with what is after ``ssh://``; UsageError for others."""
+        """Of ``user@host:port`` and ``python=…&folder=…``, percent-encoded; UsageError for anything else."""
         match = re.fullmatch(r"(?:(\w[\w.+-]*)@)?(\w[\w.-]*|\[[0-9A-Fa-f:.%\w]+\])(?::(\d{1,5}))?", authority, re.ASCII)
-        options = dict(parse_qsl(query, keep_blank_values=True))
+        pairs = [part.partition("=") for part in query.split("&") if part]
+        options = {name: unquote(value) for name, _, value in pairs}
         port = int(match[3]) if match and match[3] else None
         if not match or (port is not None and not 0 < port < 1 << 16):
             raise UsageError(f"'{authority}' is not a device such as pi@raspberry or pi@192.168.1.7:2222.")
@@ -91,7 +92,7 @@ class Address:
         return f"ssh -p {self.port} {self}" if self.port else f"ssh {self}"
 
 
-class _Lost(Exception):
+class _LostError(Exception):
     """The connection, with what ssh said last."""
 
 
@@ -140,13 +141,15 @@ class Device:
         if shutil.which("ssh") is None:
             raise UnavailableError("There is no ssh here: 'apt-get install openssh-client' brings it.")
         self.address = address
-        self._local = Path(tempfile.mkdtemp(prefix="ep", dir="/tmp"))  # noqa: S108 - a socket's path is at most 104 long
+        self._local = Path(tempfile.mkdtemp(prefix="ep", dir="/tmp"))  # a socket's path is at most 104 long
         self._master: subprocess.Popen[bytes] | None = None
         self._folder = ""
         self._held: set[str] = set()
         self._stale: set[str] = set()
         self._places: dict[Path, str] = {}
         self._count = 0
+        self.verified: set[str] = set()
+        """Models, by sha256, that were held to their references here."""
         try:
             self._open_master()
         except BaseException:
@@ -205,7 +208,7 @@ class Device:
         if code:
             why = next((line for line in reversed(lines) if line), "it said nothing")
             raise EdgepressError(f"The benchmark process on {at} ended with code {code}: {why}")
-        return str(self._call("result", name)["output"]).encode()
+        return str(told["output"]).encode()
 
     # ---- the folder over there
 
@@ -224,7 +227,7 @@ class Device:
         """Remove the folder, or leave that to the device where it cannot be reached any more."""
         try:
             if self._folder:
-                with suppress(EdgepressError, _Lost):
+                with suppress(EdgepressError, _LostError):
                     self._call("remove", attempts=2)
         finally:
             self._close_master()
@@ -278,7 +281,7 @@ class Device:
                     self._open_master()
                 answer = self._once(shlex.join(words), feed, on_line)
                 break
-            except _Lost as lost:
+            except _LostError as lost:
                 if attempt == attempts - 1:
                     raise UnavailableError(
                         f"The connection to {self.address} was lost ({lost}), and came back in none of {attempts} "
@@ -331,13 +334,13 @@ class Device:
             raise self._no_python()
         if code != 255 and code >= 0:
             raise EdgepressError(f"{self.address} answers with code {code}: {_last(last)}")
-        raise _Lost(_last(last))
+        raise _LostError(_last(last))
 
     def _no_python(self) -> UnavailableError:
         at = self.address
         return UnavailableError(
-            f"There is no '{at.python}' on {at}: '{at.words} sudo apt-get install -y python3 python3-pip' brings Python, "
-            "or ?python=PATH names it."
+            f"There is no '{at.python}' on {at}: '{at.words} sudo apt-get install -y python3 python3-pip' brings "
+            "Python, or ?python=PATH names it."
         )
 
     def _ssh(self, master: str) -> list[str]:
@@ -383,20 +386,25 @@ class Device:
     def _why(self, said: str) -> Exception:
         """What ssh's words come to. A host that once answered and now does not is only lost."""
         at = self.address
+        port = f" -p {at.port}" if at.port else ""
         known = f"[{at.host}]:{at.port}" if at.port and at.port != 22 else at.host
         certain = {
-            "IDENTIFICATION HAS CHANGED": f"The host key of {at} is not the one in known_hosts: if the device was set up "
-            f"anew, \"ssh-keygen -R '{known}'\" forgets the old one; if not, something else answers in its place.",
-            "Host key verification failed": f"The host key of {at} is not known here: '{at.words}' shows it, and asks "
-            "whether you trust it.",
-            "Permission denied": f"{at} refuses your key: 'ssh-copy-id{f' -p {at.port}' if at.port else ''} {at}' brings "
-            "it there, and 'ssh-add' unlocks it.",
-        }  # fmt: skip
+            "IDENTIFICATION HAS CHANGED": (
+                f"The host key of {at} is not the one in known_hosts: if the device was set up anew, "
+                f"\"ssh-keygen -R '{known}'\" forgets the old one; if not, something else answers in its place."
+            ),
+            "Host key verification failed": (
+                f"The host key of {at} is not known here: '{at.words}' shows it, and asks whether you trust it."
+            ),
+            "Permission denied": (
+                f"{at} refuses your key: 'ssh-copy-id{port} {at}' brings it there, and 'ssh-add' unlocks it."
+            ),
+        }
         for word, sentence in certain.items():
             if word in said:
                 return UsageError(sentence)
         if self._folder:
-            return _Lost(_last(said))
+            return _LostError(_last(said))
         if "Could not resolve hostname" in said:
             return UsageError(f"There is no host '{at.host}': give its name or address so that '{at.words}' works.")
         return UnavailableError(f"{at} cannot be reached ({_last(said)}): '{at.words}' must work first.")
