@@ -418,7 +418,12 @@ def prune(
     _check_shapes(low_rank, merge_tokens, sparsity, uniform=uniform, trained=recover == "distill", units=units)
     fitted: Fitted | None = None
     with ExitStack() as stack:
+        from .benchmarks.targets import connect, parse
         from .models import metrics
+
+        if wanted is not None:
+            where = parse(target or "cpu")
+            stack.enter_context(connect(where, where.runtime))
 
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code, metric)
         judged = workload.data.evaluation if len(workload.data.evaluation) and _first() else None
@@ -787,7 +792,7 @@ def _write_mixed(
     from . import recipe
     from .benchmarks import compare as comparing
     from .benchmarks import mixed
-    from .benchmarks.targets import parse
+    from .benchmarks.targets import connect, parse
     from .compress import quantize as quantizers
     from .compress.quantize.sensitivity import SCHEMES
     from .export.artifact import seal
@@ -802,6 +807,7 @@ def _write_mixed(
     if parse(target).runtime != "onnx":
         raise UnavailableError(f"What operators in float cost is measured in ONNX Runtime, not on '{target}'.")
     with ExitStack() as stack:
+        stack.enter_context(connect(parse(target), "onnx"))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code, metric)
         found = mixed.fit(

@@ -219,7 +219,7 @@ class Device:
 
     def renew(self) -> None:
         """A new measurement: what the last one needed goes, unless it is ``put`` again before the next ``run``."""
-        if not self._call("touch")["folder"]:
+        if not self._call("touch", self._folder)["folder"]:
             self.claim()
         self._stale = {*self._places.values(), *(f"files/{digest}" for digest in self._held)}
 
@@ -269,7 +269,7 @@ class Device:
     ) -> dict[str, Any]:
         """The answer of a verb of ``device.py``; asked again, on a new connection, where that was lost."""
         python = self.address.python
-        if verb in {"probe", "claim"}:
+        if verb in {"probe", "claim", "touch"}:  # for which there need be no folder
             words = [python, "-c", PIPED, verb, *map(str, arguments)]
             feed = _source
         else:

@@ -1,0 +1,532 @@
+"""Devices over ssh, through a real sshd on this machine that has keys and a configuration of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import edgepress as ep
+import onnx
+import pytest
+from edgepress.benchmarks import load, targets
+from edgepress.benchmarks.targets import ssh
+from edgepress.errors import EdgepressError, ParityError, UnavailableError, UsageError
+from edgepress.export.artifact import Artifact, open_artifact, seal
+from onnx import numpy_helper
+
+SSHD = shutil.which("sshd", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/usr/local/sbin")))
+HOSTS = {
+    "device": {},
+    "other": {},
+    "raspberry": {},
+    "impostor": {"UserKnownHostsFile": "known_impostor"},
+    "stranger": {"UserKnownHostsFile": "known_nobody"},
+    "closed": {"IdentityFile": "nobody"},
+    "noisy": {"IdentityFile": "noisy"},
+    "nobody-there": {"Port": "1"},
+}
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of an sshd that runs as this user; ``bin/ssh`` in it is OpenSSH's with a configuration of its own."""
+    if SSHD is None and not os.environ.get("EDGEPRESS_REQUIRE_SSHD"):
+        pytest.skip("sshd is not installed (openssh-server); EDGEPRESS_REQUIRE_SSHD=1 makes this an error")
+    assert SSHD is not None
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(
+            mode=0o755, exist_ok=True
+        )  # where root's sshd locks itself in; the service makes it too
+    folder = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "user", "nobody", "noisy"):
+        subprocess.run([shutil.which("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    public = {name: " ".join((folder / f"{name}.pub").read_text().split()[:2]) for name in ("host", "user", "noisy")}
+    noise = 'command="echo welcome to {the device}; eval \\"$SSH_ORIGINAL_COMMAND\\""'
+    (folder / "authorized_keys").write_text(f"{public['user']}\n{noise} {public['noisy']}\n")
+    (folder / "authorized_keys").chmod(0o600)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\nStrictModes no\n"
+        f"AuthorizedKeysFile {folder}/authorized_keys\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+    )
+    known = "".join(f"{name} {public['host']}\n" for name in HOSTS)
+    (folder / "known_hosts").write_text(known)
+    (folder / "known_impostor").write_text(known.replace(public["host"], public["user"]))
+    config = []
+    for name, changes in HOSTS.items():
+        options = {"Port": str(port), "IdentityFile": "user", "UserKnownHostsFile": "known_hosts", **changes}
+        files = {key: f"{folder}/{value}" for key, value in options.items() if key != "Port"}
+        lines = {"HostName": "127.0.0.1", "HostKeyAlias": name, "IdentitiesOnly": "yes", **options, **files}
+        config.append(f"Host {name}\n" + "".join(f"  {key} {value}\n" for key, value in lines.items()))
+    (folder / "config").write_text("".join(config) + "Host *\n  GlobalKnownHostsFile /dev/null\n  IdentityAgent none\n")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
+    (folder / "bin" / "ssh").chmod(0o755)
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
+    try:
+        for _ in range(100):
+            with socket.socket() as trial:
+                if trial.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"sshd did not start: {(folder / 'log').read_text()}")
+        yield folder
+    finally:
+        server.kill()
+        server.wait()
+
+
+@dataclass(frozen=True)
+class There:
+    """The device as the tests see it: its folder for temporary files lies on this machine too."""
+
+    folder: Path
+
+    def target(self, host: str = "device", word: str = "/cpu:1", python: str = sys.executable) -> str:
+        return f"ssh://{host}{word}?python={quote(python)}&folder={quote(str(self.folder))}"
+
+    @property
+    def left(self) -> list[Path]:
+        return list(self.folder.iterdir())
+
+    def processes(self, word: str) -> list[int]:
+        """Ids of those that run there, with ``word`` among their arguments."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = path.read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if str(self.folder) in line and word in line and "sh\0-c" not in line:
+                found.append(int(path.parent.name))
+        return found
+
+
+@pytest.fixture
+def there(sshd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> There:
+    monkeypatch.setenv("PATH", f"{sshd}/bin{os.pathsep}{os.environ['PATH']}")
+    folder = tmp_path / "device"
+    folder.mkdir()
+    return There(folder)
+
+
+@pytest.fixture(scope="module")
+def artifacts(workload: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    first = ep.export(workload, folder / "fp32")
+    return [first, ep.export(workload, folder / "int8", ep.quantize(workload))]
+
+
+QUICK: dict[str, Any] = {"sequence": 16, "min_queries": 60}
+LONG: dict[str, Any] = {"sequence": 16, "min_queries": 10**6, "min_seconds": 3.0, "memory": False}
+
+
+# ---- measuring
+
+
+def test_artifacts_are_measured_over_there(there: There, artifacts: list[Artifact]) -> None:
+    seen: list[str] = []
+    taken = load.benchmark(
+        artifacts, target=there.target(word="/cpu"), progress=lambda *step: seen.append(step[2]), **QUICK
+    )
+    cpus = targets.usable_cpus()
+    assert [len(one.samples) for one in taken] == [60, 60]
+    assert all(one.samples.min() > 0 and one.load_ms and (one.peak_rss_bytes or 0) > 1 << 20 for one in taken)
+    assert taken[0].target == there.target(word=f"/cpu:{cpus}")
+    here = targets.get("local").connect()
+    with here as local:
+        wanted = local.environment(cpus)
+    assert taken[0].environment["packages"] == wanted["packages"]
+    assert taken[0].environment["cpu"] == wanted["cpu"]
+    assert ep.compare(taken)[1]["speedup"]["value"] > 0
+    assert there.left == []
+    assert there.processes("device.py") == []
+
+
+def test_a_device_that_computes_something_else_is_an_error(
+    there: There, artifacts: list[Artifact], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(artifacts[0].folder, folder)
+    graph = onnx.load(folder / "model.onnx")
+    for weight in graph.graph.initializer:
+        array = numpy_helper.to_array(weight)
+        if array.ndim == 2 and "embeddings" not in weight.name:
+            weight.CopyFrom(numpy_helper.from_array((array / 2).astype(array.dtype), weight.name))
+    onnx.save(graph, folder / "model.onnx")
+    seal(folder, open_artifact(artifacts[0].folder).manifest, {})
+    with pytest.raises(ParityError, match="does not compute on device what it computed where it was proven"):
+        load.benchmark([open_artifact(folder)], target=there.target(), **QUICK)
+    assert there.left == []
+
+
+def test_a_decoder_s_step_is_held_to_its_reference_too(there: There, tmp_path: Path) -> None:
+    """Its references leave out the keys and values of no tokens."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=300, n_positions=64)).save_pretrained(model)
+    step = ep.export(ep.load(str(model)), tmp_path / "step", cache=48)
+    taken = load.benchmark([step], target=there.target(), past=8, **{**QUICK, "sequence": 1})
+    assert len(taken[0].samples) == 60
+
+
+def test_what_is_there_is_not_sent_again(
+    there: There, artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    real = ssh.Device._send
+
+    def watched(device: ssh.Device, path: Path, *rest: Any) -> None:
+        sent.append(path.name)
+        real(device, path, *rest)
+
+    monkeypatch.setattr(ssh.Device, "_send", watched)
+    with targets.connect(targets.parse(there.target())) as (host, _):
+        load.benchmark(artifacts, target=there.target(), **QUICK)
+        load.benchmark(artifacts, target=there.target(), **QUICK)
+        assert sorted(sent).count("model.onnx") == 2
+        assert sent.count("runner.py") == 1
+        load.benchmark(artifacts[:1], target=there.target(), **QUICK)
+        assert {path.read_bytes() for path in Path(host._folder).glob("place*/model.onnx")} == {
+            artifacts[0].model_file.read_bytes()
+        }  # the other one went
+    assert "tokenizer.json" not in sent
+    assert there.left == []
+
+
+def test_odd_names_are_only_names(there: There, artifacts: list[Artifact], tmp_path: Path) -> None:
+    odd = There(tmp_path / 'o\'dd $(touch pwned) `touch pwned`; touch "pwned" & %h')
+    odd.folder.mkdir()
+    folder = tmp_path / "a b; touch pwned'"
+    shutil.copytree(artifacts[0].folder, folder)
+    (taken,) = load.benchmark([open_artifact(folder)], target=odd.target(), **QUICK)
+    assert len(taken.samples) == 60
+    assert str(targets.parse(taken.target)) == taken.target
+    assert odd.left == []
+    assert not list(tmp_path.rglob("pwned"))
+    assert not (Path.home() / "pwned").exists()
+
+
+def test_a_login_that_says_something(there: There) -> None:
+    assert ssh.probe(ssh.Address("noisy", python=sys.executable))["cpus"] == targets.usable_cpus()
+
+
+# ---- what goes wrong
+
+
+def once(action: Callable[[], None]) -> Callable[[int, int, str], None]:
+    """A progress that acts on the first rounds that it hears of."""
+    acted: list[bool] = []
+
+    def step(_done: int, _total: int, note: str) -> None:
+        if note == "rounds" and not acted:
+            acted.append(True)
+            action()
+
+    return step
+
+
+def test_a_lost_connection_is_survived(there: There, artifacts: list[Artifact]) -> None:
+    address = targets.parse(there.target()).address
+    assert address
+    masters: list[int] = []
+    runners: list[list[int]] = []
+
+    def cut() -> None:
+        master = ssh._open[address]._master
+        assert master
+        masters.append(master.pid)
+        runners.append(there.processes("runner.py"))
+        master.kill()
+
+    with targets.connect(targets.parse(there.target())) as (host, _):
+        taken = load.benchmark(artifacts, target=there.target(), progress=once(cut), **LONG)
+        assert host._master.pid != masters[0]
+        assert len(list(Path(host._folder).glob("*.lock"))) == 3  # two answers and one measurement: nothing ran twice
+    assert len(runners[0]) >= 1
+    assert len(taken[0].samples) == len(taken[1].samples) > 100
+    assert there.left == []
+
+
+@pytest.mark.parametrize(("word", "said"), [("runner.py", "was killed by signal 9"), ("work", "was killed: where")])
+def test_a_process_that_is_killed_over_there(there: There, artifacts: list[Artifact], word: str, said: str) -> None:
+    def kill() -> None:
+        for process in there.processes("runner.py"):
+            if word == "work":
+                os.killpg(os.getpgid(process), signal.SIGKILL)
+            elif "work" not in Path(f"/proc/{process}/cmdline").read_text().split("\0"):
+                os.kill(process, signal.SIGKILL)
+
+    with pytest.raises(EdgepressError, match=said) as raised:
+        load.benchmark(artifacts, target=there.target(), progress=once(kill), **LONG)
+    assert raised.value.exit_code == 2
+    assert there.left == []
+
+
+def test_a_client_that_is_gone_leaves_nothing(there: There, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "LEASE_SECONDS", 2.0)
+    device = ssh.Device(targets.parse(there.target()).address or pytest.fail())
+    try:
+        device.claim()
+        device._call("start", "job", sys.executable, "-c", "import time; time.sleep(600)  # runner.py", device._folder)
+        assert len(there.left) == 1
+        end = time.monotonic() + 60
+        while there.left and time.monotonic() < end:
+            time.sleep(0.2)
+        assert there.left == []
+        assert there.processes("runner.py") == []
+        device.renew()  # one that was only asleep begins anew
+        assert len(there.left) == 1
+    finally:
+        device.close()
+    assert there.left == []
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("impostor", "The host key of impostor is not the one in known_hosts"),
+        ("stranger", "The host key of stranger is not known here: 'ssh stranger' shows it"),
+        ("closed", "closed refuses your key: 'ssh-copy-id closed' brings it there"),
+        ("nobody-there", "nobody-there cannot be reached"),
+        ("no-such-host.invalid", "There is no host 'no-such-host.invalid'"),
+    ],
+)
+def test_hosts_that_are_not_to_be_had(here: Any, there: There, host: str, said: str) -> None:
+    done = here("targets", f"ssh://{host}")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "yes" not in (there.folder / "known_nobody").parent.name
+
+
+def test_a_device_without_a_runtime(here: Any, there: There, artifacts: list[Artifact], tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    python = tmp_path / "bare" / "bin" / "python"
+    target = there.target(python=str(python))
+    done = here("bench", artifacts[0].folder, "--target", target)
+    assert done.returncode == 2
+    wanted = f"There is no numpy and no onnxruntime on device: 'ssh device {python} -m pip install numpy onnxruntime'"
+    assert wanted in done.stderr
+    done = here("bench", artifacts[0].folder, "--target", there.target(python="/no/python"))
+    assert done.returncode == 2
+    assert "There is no '/no/python' on device" in done.stderr
+    done = here("bench", artifacts[0].folder, "--target", there.target(word="/cpu:4096"))
+    assert done.returncode == 2
+    assert "asks for 4096 threads; device has" in done.stderr
+    done = here("bench", artifacts[0].folder, "--target", f"ssh://device?python={sys.executable}&folder=/no/such")
+    assert done.returncode == 2
+    assert "no folder can be made in /no/such" in done.stderr
+    assert there.left == []
+
+
+def test_a_full_disk_over_there(there: There, artifacts: list[Artifact]) -> None:
+    size = artifacts[0].size_bytes // 2
+    mounted = subprocess.run(
+        [shutil.which("mount") or "mount", "-t", "tmpfs", "-o", f"size={size}", "edgepress-test", there.folder],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        with pytest.raises(
+            UnavailableError, match=r"On device the disk that holds .* is full: .*\?folder=PATH"
+        ) as raised:
+            load.benchmark(artifacts[:1], target=there.target(), **QUICK)
+        assert raised.value.exit_code == 2
+        assert there.left == []
+    finally:
+        subprocess.run([shutil.which("umount"), there.folder], check=True)
+
+
+# ---- several, and the command line
+
+
+def test_two_targets_give_two_rows(here: Any, there: There, artifacts: list[Artifact]) -> None:
+    first, second = there.target("device"), there.target("other")
+    where = [word for target in (first, second, "cpu:1") for word in ("--target", target)]
+    done = here("bench", artifacts[0].folder, *where, "--queries", "40", "--seq", "16", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [row["target"] for row in document["rows"]] == [first, second, "cpu:1"]
+    assert set(document["environments"]) == {first, second, "cpu:1"}
+    assert document["environment"] == document["environments"][first]
+    assert all(row["latency_ms"]["n"] == 40 for row in document["rows"])
+    assert there.left == []
+
+
+def test_compare_on_two_targets(
+    here: Any, there: There, artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = load.benchmark
+    monkeypatch.setattr(load, "benchmark", lambda *args, **options: real(*args, **{**options, **QUICK}))
+    folders = [artifact.folder for artifact in artifacts]
+    done = here("compare", *folders, "--target", there.target(), "--target", "cpu:1", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    rows = [document["original"], *document["results"]]
+    assert [row["target"] for row in rows] == [there.target()] * 2 + ["cpu:1"] * 2
+    assert [bool(row["speedup"]) for row in rows] == [False, True, False, True]
+
+
+def test_one_target_that_fails_ends_the_command_before_anything_is_measured(
+    here: Any, there: There, artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "benchmark", lambda *_args, **_options: pytest.fail("something was measured"))
+    done = here("bench", artifacts[0].folder, "--target", there.target(), "--target", "ssh://closed")
+    assert done.returncode == 2
+    assert "closed refuses your key" in done.stderr
+    assert there.left == []
+
+
+def test_hosts_work_at_the_same_time_and_targets_of_one_host_in_turn() -> None:
+    meeting, turn = threading.Barrier(3), threading.Lock()
+    names = ["ssh://a/cpu:1", "ssh://b/cpu:1", "cpu:1", "ssh://me@A:22/cpu:2"]
+
+    def work(target: targets.Target) -> str:
+        if target.where.lower().endswith("a"):
+            assert turn.acquire(blocking=False)
+            time.sleep(0.05)
+            turn.release()
+        if str(target) in names[:3]:
+            meeting.wait(30)  # passed only if all three are here at once
+        return str(target)
+
+    assert targets.at_once([targets.parse(name) for name in names], work) == names
+
+
+def test_what_a_device_is(here: Any, there: There) -> None:
+    done = here("targets", there.target(word=""), "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["environment"]["packages"]["onnxruntime"]
+    rows = {row["target"]: row for row in document["targets"]}
+    assert rows[there.target(word="/cpu:1")]["available"]
+    assert "onnxruntime" in rows[there.target(word="/cpu:1")]["note"]
+    assert here("targets", "cpu").returncode == 2
+    assert there.left == []
+
+
+def test_a_latency_table_is_measured_on_the_device(
+    there: There, workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgepress.benchmarks import latency
+
+    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(latency, "POINTS", 4)
+    options: dict[str, Any] = {"sequence": 16, "seconds": 0.1}
+    table = latency.measure(workload, target=there.target(), **options)
+    assert table.target == there.target()
+    assert table.total_ms > 0
+    assert latency.measure(workload, target=there.target(), **options) == table
+    assert there.left == []
+
+
+# ---- words
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("ssh://pi@raspberry", "ssh://pi@raspberry/cpu"),
+        ("ssh://raspberry/", "ssh://raspberry/cpu"),
+        ("ssh://pi@10.0.0.7:2222/cpu:2", None),
+        ("ssh://pi@[fe80::1%eth0]:22/cpu:openvino:4", None),
+        ("ssh://pi@host/cpu:openvino?python=/opt/a%20b/c%2B%2B&folder=/mnt/sd", None),
+        ("ssh://pi@host/cpu:1?python=python3", "ssh://pi@host/cpu:1"),
+    ],
+)
+def test_a_target_says_what_it_is(text: str, written: str | None) -> None:
+    target = targets.parse(text)
+    assert str(target) == (written or text)
+    assert targets.parse(str(target)) == target
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ssh://",
+        "ssh:///cpu",
+        "ssh://-oProxyCommand=x",
+        "ssh://-l@host",
+        "ssh://a b",
+        "ssh://host;reboot",
+        "ssh://host\nother",
+        "ssh://$(x)@host",
+        "ssh://host:0",
+        "ssh://host:99999",
+        "ssh://user:password@host",
+        "ssh://host/cpu:0",
+        "ssh://host/gpu",
+        "ssh://host/cpu/cpu",
+        "ssh://host?python=",
+        "ssh://host?python=a%0Ab",
+        "ssh://host?shell=zsh",
+    ],
+)
+def test_targets_that_do_not_exist(text: str) -> None:
+    with pytest.raises(UsageError):
+        targets.parse(text)
+
+
+def test_the_runner_and_the_far_end_need_no_edgepress(tmp_path: Path) -> None:
+    """Only what every device has: the standard library, and of that no more than Python 3.8 knew."""
+    import ast
+
+    from edgepress.benchmarks import device, runner
+
+    for module, allowed in ((device, set()), (runner, {"numpy", "onnxruntime", "openvino"})):
+        source = Path(module.__file__).read_text(encoding="ascii")
+        tree = ast.parse(source, feature_version=(3, 8))
+        names = {
+            (alias.name if isinstance(node, ast.Import) else node.module or "").split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert names - set(sys.stdlib_module_names) <= allowed
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+def test_the_commands_of_the_page_run(there: There, edgepress: Any, artifacts: list[Artifact], tmp_path: Path) -> None:
+    import re
+
+    page = (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    found = [line for block in blocks for line in block.splitlines() if line.startswith("edgepress ")]
+    assert len(found) >= 4
+    (tmp_path / "out").mkdir()
+    for name, artifact in zip(("fp32", "int8"), artifacts, strict=True):
+        (tmp_path / "out" / name).symlink_to(artifact.folder)
+    for line in found:
+        words = [re.sub(r"pi@raspberry|pi@(\w+)", lambda m: m[1] or "raspberry", word) for word in shlex.split(line)]
+        words = [
+            f"{w}{'&' if '?' in w else '?'}python={sys.executable}"
+            if w.startswith("ssh:") and "python=" not in w
+            else w
+            for w in words
+        ]
+        words = [w.replace("venv/bin/python", sys.executable) for w in words]
+        done = edgepress(*words[1:], cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
