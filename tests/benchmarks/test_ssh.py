@@ -8,16 +8,13 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import edgepress as ep
 import onnx
@@ -28,115 +25,7 @@ from edgepress.errors import EdgepressError, ParityError, UnavailableError, Usag
 from edgepress.export.artifact import Artifact, open_artifact, seal
 from onnx import numpy_helper
 
-SSHD = shutil.which("sshd", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/usr/local/sbin")))
 PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
-HOSTS = {
-    "device": {},
-    "other": {},
-    "raspberry": {"IdentityFile": "handy"},
-    "jetson": {"IdentityFile": "handy"},
-    "impostor": {"UserKnownHostsFile": "known_impostor"},
-    "stranger": {"UserKnownHostsFile": "known_nobody"},
-    "closed": {"IdentityFile": "nobody"},
-    "nobody-there": {"Port": "1"},
-}
-
-
-@pytest.fixture(scope="module")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of an sshd that runs as this user; ``bin/ssh`` in it is OpenSSH's with a configuration of its own."""
-    if SSHD is None and not os.environ.get("EDGEPRESS_REQUIRE_SSHD"):
-        pytest.skip("sshd is not installed (openssh-server); EDGEPRESS_REQUIRE_SSHD=1 makes this an error")
-    assert SSHD is not None
-    if os.getuid() == 0:
-        Path("/run/sshd").mkdir(
-            mode=0o755, exist_ok=True
-        )  # where root's sshd locks itself in; the service makes it too
-    folder = tmp_path_factory.mktemp("sshd")
-    for name in ("host", "user", "nobody", "handy"):
-        subprocess.run([shutil.which("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    public = {name: " ".join((folder / f"{name}.pub").read_text().split()[:2]) for name in ("host", "user", "handy")}
-    own = f"echo welcome to {{the device}}; PATH={Path(sys.executable).parent}:$PATH; eval"
-    forced = f'command="{own} \\"$SSH_ORIGINAL_COMMAND\\""'  # a login that talks, and whose python3 is this one
-    (folder / "authorized_keys").write_text(f"{public['user']}\n{forced} {public['handy']}\n")
-    (folder / "authorized_keys").chmod(0o600)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\nStrictModes no\n"
-        f"AuthorizedKeysFile {folder}/authorized_keys\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-    )
-    known = "".join(f"{name} {public['host']}\n" for name in HOSTS)
-    (folder / "known_hosts").write_text(known)
-    (folder / "known_impostor").write_text(known.replace(public["host"], public["user"]))
-    config = []
-    for name, changes in HOSTS.items():
-        options = {"Port": str(port), "IdentityFile": "user", "UserKnownHostsFile": "known_hosts", **changes}
-        files = {key: f"{folder}/{value}" for key, value in options.items() if key != "Port"}
-        lines = {"HostName": "127.0.0.1", "HostKeyAlias": name, "IdentitiesOnly": "yes", **options, **files}
-        config.append(f"Host {name}\n" + "".join(f"  {key} {value}\n" for key, value in lines.items()))
-    (folder / "config").write_text("".join(config) + "Host *\n  GlobalKnownHostsFile /dev/null\n  IdentityAgent none\n")
-    (folder / "bin").mkdir()
-    (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
-    (folder / "bin" / "ssh").chmod(0o755)
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
-    try:
-        for _ in range(100):
-            with socket.socket() as trial:
-                if trial.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        else:
-            pytest.fail(f"sshd did not start: {(folder / 'log').read_text()}")
-        yield folder
-    finally:
-        server.kill()
-        server.wait()
-
-
-@dataclass(frozen=True)
-class There:
-    """The device as the tests see it: its folder for temporary files lies on this machine too."""
-
-    folder: Path
-
-    def target(self, host: str = "device", word: str = "/cpu:1", python: str = sys.executable) -> str:
-        return f"ssh://{host}{word}?python={quote(python)}&folder={quote(str(self.folder))}"
-
-    @property
-    def left(self) -> list[Path]:
-        return list(self.folder.iterdir())
-
-    def processes(self, word: str) -> list[int]:
-        """Ids of those that run there, with ``word`` among their arguments."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                line = path.read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if str(self.folder) in line and word in line and "sh\0-c" not in line:
-                found.append(int(path.parent.name))
-        return found
-
-
-@pytest.fixture
-def there(sshd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> There:
-    monkeypatch.setenv("PATH", f"{sshd}/bin{os.pathsep}{os.environ['PATH']}")
-    folder = tmp_path / "device"
-    folder.mkdir()
-    return There(folder)
-
-
-@pytest.fixture(scope="module")
-def artifacts(workload: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
-    folder = tmp_path_factory.mktemp("artifacts")
-    first = ep.export(workload, folder / "fp32")
-    return [first, ep.export(workload, folder / "int8", ep.quantize(workload))]
-
-
 QUICK: dict[str, Any] = {"sequence": 16, "min_queries": 60}
 LONG: dict[str, Any] = {"sequence": 16, "min_queries": 10**6, "min_seconds": 3.0, "memory": False}
 
@@ -144,7 +33,7 @@ LONG: dict[str, Any] = {"sequence": 16, "min_queries": 10**6, "min_seconds": 3.0
 # ---- measuring
 
 
-def test_artifacts_are_measured_over_there(there: There, artifacts: list[Artifact]) -> None:
+def test_artifacts_are_measured_over_there(there: Any, artifacts: list[Artifact]) -> None:
     seen: list[str] = []
     taken = load.benchmark(
         artifacts, target=there.target(word="/cpu"), progress=lambda *step: seen.append(step[2]), **QUICK
@@ -162,7 +51,7 @@ def test_artifacts_are_measured_over_there(there: There, artifacts: list[Artifac
 
 
 def test_a_device_that_computes_something_else_is_an_error(
-    there: There, artifacts: list[Artifact], tmp_path: Path
+    there: Any, artifacts: list[Artifact], tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(artifacts[0].folder, folder)
@@ -178,7 +67,7 @@ def test_a_device_that_computes_something_else_is_an_error(
     assert there.left == []
 
 
-def test_a_decoder_s_step_is_held_to_its_reference_too(there: There, tmp_path: Path) -> None:
+def test_a_decoder_s_step_is_held_to_its_reference_too(there: Any, tmp_path: Path) -> None:
     """Its references leave out the keys and values of no tokens."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -192,7 +81,7 @@ def test_a_decoder_s_step_is_held_to_its_reference_too(there: There, tmp_path: P
 
 
 def test_what_is_there_is_not_sent_again(
-    there: There, artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
+    there: Any, artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[str] = []
     real = ssh.Device._send
@@ -215,8 +104,8 @@ def test_what_is_there_is_not_sent_again(
     assert there.left == []
 
 
-def test_odd_names_are_only_names(there: There, artifacts: list[Artifact], tmp_path: Path) -> None:
-    odd = There(tmp_path / 'o\'dd $(touch pwned) `touch pwned`; touch "pwned" & %h')
+def test_odd_names_are_only_names(there: Any, artifacts: list[Artifact], tmp_path: Path) -> None:
+    odd = type(there)(tmp_path / 'o\'dd $(touch pwned) `touch pwned`; touch "pwned" & %h')
     odd.folder.mkdir()
     folder = tmp_path / "a b; touch pwned'"
     shutil.copytree(artifacts[0].folder, folder)
@@ -243,7 +132,7 @@ def once(action: Callable[[], None]) -> Callable[[int, int, str], None]:
     return step
 
 
-def test_a_lost_connection_is_survived(there: There, artifacts: list[Artifact]) -> None:
+def test_a_lost_connection_is_survived(there: Any, artifacts: list[Artifact]) -> None:
     address = targets.parse(there.target()).address
     assert address
     masters: list[int] = []
@@ -266,7 +155,7 @@ def test_a_lost_connection_is_survived(there: There, artifacts: list[Artifact]) 
 
 
 @pytest.mark.parametrize(("word", "said"), [("runner.py", "was killed by signal 9"), ("work", "was killed: where")])
-def test_a_process_that_is_killed_over_there(there: There, artifacts: list[Artifact], word: str, said: str) -> None:
+def test_a_process_that_is_killed_over_there(there: Any, artifacts: list[Artifact], word: str, said: str) -> None:
     def kill() -> None:
         for process in there.processes("runner.py"):
             if word == "work":
@@ -280,7 +169,7 @@ def test_a_process_that_is_killed_over_there(there: There, artifacts: list[Artif
     assert there.left == []
 
 
-def test_a_client_that_is_gone_leaves_nothing(there: There, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_is_gone_leaves_nothing(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "LEASE_SECONDS", 2.0)
     device = ssh.Device(targets.parse(there.target()).address or pytest.fail())
     try:
@@ -318,7 +207,7 @@ def test_hosts_that_are_not_to_be_had(here: Any, sshd: Path, host: str, said: st
     assert not (sshd / "known_nobody").exists()  # nobody was trusted on the way
 
 
-def test_a_device_without_a_runtime(here: Any, there: There, artifacts: list[Artifact], tmp_path: Path) -> None:
+def test_a_device_without_a_runtime(here: Any, there: Any, artifacts: list[Artifact], tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     python = tmp_path / "bare" / "bin" / "python"
     target = there.target(python=str(python))
@@ -338,7 +227,7 @@ def test_a_device_without_a_runtime(here: Any, there: There, artifacts: list[Art
     assert there.left == []
 
 
-def test_a_full_disk_over_there(there: There, artifacts: list[Artifact]) -> None:
+def test_a_full_disk_over_there(there: Any, artifacts: list[Artifact]) -> None:
     size = artifacts[0].size_bytes // 2
     mounted = subprocess.run(
         [shutil.which("mount") or "mount", "-t", "tmpfs", "-o", f"size={size}", "edgepress-test", there.folder],
@@ -361,7 +250,7 @@ def test_a_full_disk_over_there(there: There, artifacts: list[Artifact]) -> None
 # ---- several, and the command line
 
 
-def test_two_targets_give_two_rows(here: Any, there: There, artifacts: list[Artifact]) -> None:
+def test_two_targets_give_two_rows(here: Any, there: Any, artifacts: list[Artifact]) -> None:
     first, second = there.target("device"), there.target("other")
     where = [word for target in (first, second, "cpu:1") for word in ("--target", target)]
     done = here("bench", artifacts[0].folder, *where, "--queries", "40", "--seq", "16", "--json")
@@ -375,7 +264,7 @@ def test_two_targets_give_two_rows(here: Any, there: There, artifacts: list[Arti
 
 
 def test_compare_on_two_targets(
-    here: Any, there: There, artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
+    here: Any, there: Any, artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = load.benchmark
     monkeypatch.setattr(load, "benchmark", lambda *args, **options: real(*args, **{**options, **QUICK}))
@@ -389,7 +278,7 @@ def test_compare_on_two_targets(
 
 
 def test_one_target_that_fails_ends_the_command_before_anything_is_measured(
-    here: Any, there: There, artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
+    here: Any, there: Any, artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load, "benchmark", lambda *_args, **_options: pytest.fail("something was measured"))
     done = here("bench", artifacts[0].folder, "--target", there.target(), "--target", "ssh://closed")
@@ -414,7 +303,7 @@ def test_hosts_work_at_the_same_time_and_targets_of_one_host_in_turn() -> None:
     assert targets.at_once([targets.parse(name) for name in names], work) == names
 
 
-def test_what_a_device_is(here: Any, there: There) -> None:
+def test_what_a_device_is(here: Any, there: Any) -> None:
     done = here("targets", there.target(word=""), "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -428,7 +317,7 @@ def test_what_a_device_is(here: Any, there: There) -> None:
 
 @pytest.mark.slow
 def test_a_latency_table_is_measured_on_the_device(
-    there: There, workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: Any, workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgepress.benchmarks import latency
 
@@ -508,7 +397,7 @@ def test_the_runner_and_the_far_end_need_no_edgepress(tmp_path: Path) -> None:
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
 
 
-def test_the_commands_of_the_page_run(there: There, edgepress: Any, artifacts: list[Artifact], tmp_path: Path) -> None:
+def test_the_commands_of_the_page_run(there: Any, edgepress: Any, artifacts: list[Artifact], tmp_path: Path) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     found = [line for block in blocks for line in block.splitlines() if line.startswith("edgepress ")]
     assert len(found) >= 4
