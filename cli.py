@@ -56,7 +56,6 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings; refused otherwise.")
 ]
 WHERE = "cpu, cpu:N for N threads, cpu:openvino:N, or ssh://user@host/cpu:N for a device."
-TargetOption = Annotated[str, typer.Option("--target", help=WHERE)]
 TargetsOption = Annotated[list[str] | None, typer.Option("--target", help=f"{WHERE} More than once for several.")]
 
 
@@ -691,7 +690,9 @@ def quantize(
     max_drop: Annotated[
         str | None, typer.Option("--max-drop", help="Quality that may be lost, 1%: the worst operators stay in float.")
     ] = None,
-    target: Annotated[str | None, typer.Option("--target", help="Of --max-drop: cpu, or cpu:N for N threads.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of --max-drop: cpu:N, or ssh://user@host/cpu:N.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Of --max-drop: rows at a time.", min=1)] = 1,
     seq: Annotated[
         int | None, typer.Option("--seq", help="Of --max-drop: tokens; 128 where the model takes as many.", min=1)

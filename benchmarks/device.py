@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from contextlib import suppress
@@ -96,8 +97,10 @@ def _version(package: str) -> str | None:
 
 
 def probe(threads: str) -> None:
-    """What the device is."""
-    _end(environment=fingerprint(int(threads)), executable=sys.executable)
+    """What the device is, and whether its Python leaves the installing of packages to the system (PEP 668)."""
+    alone = sys.prefix == sys.base_prefix  # no virtual environment
+    managed = alone and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists()
+    _end(environment=fingerprint(int(threads)), managed=managed)
 
 
 def claim(base: str, lease: str) -> None:
@@ -109,11 +112,11 @@ def claim(base: str, lease: str) -> None:
         return
     try:
         (folder / "device.py").write_text(globals()["source"], encoding="ascii")
+        (folder / "keeper").write_text(str(_detached("keep", str(folder), lease)), encoding="ascii")
     except OSError as error:
         shutil.rmtree(str(folder), ignore_errors=True)
         _end(error=_full(error, folder.parent))
         return
-    (folder / "keeper").write_text(str(_detached("keep", str(folder), lease)), encoding="ascii")
     touch(str(folder))
 
 
@@ -142,7 +145,7 @@ def keep(folder: str, lease: str) -> None:
 def receive(folder: str, digest: str) -> None:
     """Standard input, as ``files/DIGEST`` of ``folder`` if that is its sha256."""
     target = Path(folder, "files", digest)
-    part = target.with_suffix(".part")
+    part = target.with_suffix(f".{os.getpid()}")  # one whose connection was lost may still be writing
     found = hashlib.sha256()
     try:
         target.parent.mkdir(exist_ok=True)

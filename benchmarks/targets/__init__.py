@@ -7,7 +7,6 @@ over there, whose ``run(argv)`` returns what the command printed, and whose ``en
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, TypeVar
 
-from ...errors import UnavailableError, UsageError
+from ...errors import EdgepressError, UnavailableError, UsageError
 from ..environment import usable_cpus
 from ..runner import RUNTIMES
 from .ssh import Address
@@ -103,13 +102,13 @@ def connect(target: Target, *runtimes: str) -> Iterator[tuple[Any, Target]]:
     what ``ssh.connect`` does.
     """
     with get(target.host).connect(target.address) as host:
-        if address := target.address:
+        if target.address:
             environment = host.environment(0)
             cpus = environment["cpus"]
             target = _fitting(replace(target, threads=target.threads or cpus), cpus)
             lacking = list(dict.fromkeys(name for runtime in runtimes for name in _lacking(environment, runtime)))
             if lacking:
-                raise UnavailableError(f"{_lack(address, lacking)}.")
+                raise UnavailableError(f"{host.lack(lacking)}.")
         yield host, target
 
 
@@ -133,8 +132,17 @@ def at_once(targets: Sequence[Target], work: Callable[[Target], Result]) -> list
             except Exception as error:
                 failed.append(error)
 
-    with ThreadPoolExecutor(len(by_host)) as pool:
-        list(pool.map(one_host, by_host.values()))
+    if len(by_host) > 1:
+        pool = ThreadPoolExecutor(len(by_host))
+        try:
+            list(pool.map(one_host, by_host.values()))
+        except BaseException as error:
+            failed.append(EdgepressError(f"It was stopped by {type(error).__name__}."))
+            raise
+        finally:
+            pool.shutdown(wait=False)  # where it was stopped, closing the connections ends what still runs
+    else:
+        one_host(list(range(len(targets))))
     if failed:
         raise failed[0]
     return [done[number] for number in range(len(targets))]
@@ -164,17 +172,17 @@ def listing_of(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     target = parse(text)
     if not target.address:
         raise UsageError(f"'{text}' is not a device: give one as ssh://user@host, or nothing for this machine.")
-    environment = get(target.host).probe(target.address)
-    cpus = environment["cpus"]
     rows: list[dict[str, Any]] = []
-    for n in sorted({1, cpus}):
-        for runtime, (package, _) in RUNTIMES.items():
-            lacking = _lacking(environment, runtime)
-            note = f"{n} of {cpus} threads, {package} {environment['packages'].get(package)}"
-            if lacking:
-                note = _lack(target.address, lacking)
-            one = replace(target, runtime=runtime, threads=n)
-            rows.append({"target": str(one), "available": not lacking, "note": note})
+    with get(target.host).visit(target.address) as device:
+        environment = device.environment(0)
+        cpus = environment["cpus"]
+        for n in sorted({1, cpus}):
+            for runtime, (package, _) in RUNTIMES.items():
+                lacking = _lacking(environment, runtime)
+                note = f"{n} of {cpus} threads, {package} {environment['packages'].get(package)}"
+                one = replace(target, runtime=runtime, threads=n)
+                note = device.lack(lacking) if lacking else note
+                rows.append({"target": str(one), "available": not lacking, "note": note})
     return environment, rows
 
 
@@ -190,8 +198,3 @@ def _lacking(environment: dict[str, Any], runtime: str) -> list[str]:
     """Packages that ``runtime`` needs; of one that cannot be measured at all, which ``load.benchmark`` says, none."""
     needed = ["numpy", RUNTIMES[runtime][0]] if runtime in RUNTIMES else []
     return [package for package in needed if package not in environment["packages"]]
-
-
-def _lack(address: Address, packages: list[str]) -> str:
-    install = f"{address.words} {shlex.quote(address.python)} -m pip install {' '.join(packages)}"
-    return f"There is no {' and no '.join(packages)} on {address}: '{install}' brings it"

@@ -31,7 +31,7 @@ Progress = Callable[[int, int, str], None]
 Line = Callable[[str], None]
 
 ATTEMPTS = 8
-"""To connect again, after 1, 2, 4 … and at most 30 seconds: about two minutes together."""
+"""To be answered, with pauses of 1, 2, 4 … and at most 30 seconds: a minute and a half together."""
 LOOK_SECONDS = 30.0
 LEASE_SECONDS = 900.0
 """After how long without a word the device removes what was sent to it."""
@@ -125,11 +125,12 @@ def connect(address: Address) -> Iterator[Device]:
         found.close()
 
 
-def probe(address: Address) -> dict[str, Any]:
-    """What the device is, as ``benchmarks/environment.py`` says it of this machine; nothing is left there."""
+@contextmanager
+def visit(address: Address) -> Iterator[Device]:
+    """The device for questions alone: nothing is written there."""
     found = Device(address)
     try:
-        return found.environment(0)
+        yield found
     finally:
         found.close()
 
@@ -148,6 +149,8 @@ class Device:
         self._stale: set[str] = set()
         self._places: dict[Path, str] = {}
         self._count = 0
+        self._closed = False
+        self.managed = False
         self.verified: set[str] = set()
         """Models, by sha256, that were held to their references here."""
         try:
@@ -160,8 +163,19 @@ class Device:
 
     def environment(self, threads: int) -> dict[str, Any]:
         """The fingerprint of the device as it is now."""
-        found: dict[str, Any] = self._call("probe", threads)["environment"]
+        told = self._call("probe", threads)
+        self.managed = bool(told["managed"])
+        found: dict[str, Any] = told["environment"]
         return found
+
+    def lack(self, packages: Sequence[str]) -> str:
+        """That the device has not ``packages``, and the command that brings them."""
+        at, python, names = self.address, shlex.quote(self.address.python), " ".join(packages)
+        said = f"There is no {' and no '.join(packages)} on {at}"
+        if not self.managed:
+            return f"{said}: '{at.words} {python} -m pip install {names}' brings it"
+        command = f'{at.words} "{python} -m venv venv && venv/bin/python -m pip install {names}"'
+        return f"{said}: '{command}' brings it, and ?python=venv/bin/python after the target uses it"
 
     def put(self, folder: Path, names: Sequence[str] | None = None, progress: Progress | None = None) -> str:
         """The path over there of a folder with the files ``names`` of ``folder``, or all; what it has is not sent."""
@@ -230,6 +244,7 @@ class Device:
                 with suppress(EdgepressError, _LostError):
                     self._call("remove", attempts=2)
         finally:
+            self._closed = True
             self._close_master()
             shutil.rmtree(self._local, ignore_errors=True)
 
@@ -277,11 +292,13 @@ class Device:
         answer: dict[str, Any] = {}
         for attempt in range(attempts):
             try:
-                if attempt:
+                if attempt and not self._closed:
                     self._open_master()
                 answer = self._once(shlex.join(words), feed, on_line)
                 break
             except _LostError as lost:
+                if self._closed:
+                    raise EdgepressError(f"The connection to {self.address} was closed.") from lost
                 if attempt == attempts - 1:
                     raise UnavailableError(
                         f"The connection to {self.address} was lost ({lost}), and came back in none of {attempts} "

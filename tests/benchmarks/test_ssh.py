@@ -169,6 +169,23 @@ def test_a_process_that_is_killed_over_there(there: Any, artifacts: list[Artifac
     assert there.left == []
 
 
+def test_ctrl_c_leaves_nothing(there: Any, artifacts: list[Artifact]) -> None:
+    targets_ = [word for host in ("device", "other") for word in ("--target", there.target(host))]
+    command = [sys.executable, "-m", "edgepress", "bench", artifacts[0].folder, *targets_]
+    client = subprocess.Popen(
+        [*command, "--seq", "16", "--queries", "1000000", "--seconds", "300"], stderr=subprocess.PIPE
+    )
+    end = time.monotonic() + 120
+    while len(there.processes('"latency"')) < 2 and time.monotonic() < end:  # one on each host
+        time.sleep(0.1)
+    client.send_signal(signal.SIGINT)
+    _, said = client.communicate(timeout=60)
+    assert client.returncode == 130
+    assert b"interrupted" in said
+    assert there.left == []
+    assert there.processes("runner.py") == []
+
+
 def test_a_client_that_is_gone_leaves_nothing(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "LEASE_SECONDS", 2.0)
     device = ssh.Device(targets.parse(there.target()).address or pytest.fail())
@@ -225,6 +242,17 @@ def test_a_device_without_a_runtime(here: Any, there: Any, artifacts: list[Artif
     assert done.returncode == 2
     assert "no folder can be made in /no/such" in done.stderr
     assert there.left == []
+
+
+def test_a_python_that_the_system_keeps_to_itself(here: Any, there: Any) -> None:
+    """Debian's own refuses pip, so a virtual environment is what helps."""
+    if not list(Path("/usr/lib").glob("python3*/EXTERNALLY-MANAGED")) or not Path("/usr/bin/python3").exists():
+        pytest.skip("no Python of a distribution that manages its packages alone (PEP 668) is installed")
+    done = here("targets", there.target(word="", python="/usr/bin/python3"), "--json")
+    assert done.returncode == 0, done.stderr
+    missing = [row["note"] for row in json.loads(done.stdout)["targets"] if not row["available"]]
+    assert missing
+    assert all("/usr/bin/python3 -m venv venv && venv/bin/python -m pip install" in note for note in missing)
 
 
 def test_a_full_disk_over_there(there: Any, artifacts: list[Artifact]) -> None:
