@@ -179,9 +179,8 @@ def test_ctrl_c_leaves_nothing(there: Any, artifacts: list[Artifact]) -> None:
     while len(there.processes('"latency"')) < 2 and time.monotonic() < end:  # one on each host
         time.sleep(0.1)
     client.send_signal(signal.SIGINT)
-    _, said = client.communicate(timeout=60)
+    client.communicate(timeout=60)
     assert client.returncode == 130
-    assert b"interrupted" in said
     assert there.left == []
     assert there.processes("runner.py") == []
 
