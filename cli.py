@@ -18,6 +18,7 @@ import typer
 from .errors import ConstraintError, EdgepressError, InputError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
+    from .benchmarks.measurement import Measurement
     from .benchmarks.speed import Fitted
     from .compress.score import Scores
     from .export.artifact import Artifact
@@ -55,7 +56,8 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings; refused otherwise.")
 ]
-TargetOption = Annotated[str, typer.Option("--target", help="cpu, cpu:N for N threads, or cpu:openvino:N.")]
+WHERE = "cpu, cpu:N for N threads, cpu:openvino:N, or ssh://user@host/cpu:N for a device."
+TargetsOption = Annotated[list[str] | None, typer.Option("--target", help=f"{WHERE} More than once for several.")]
 
 
 class Screen:
@@ -79,19 +81,22 @@ class Screen:
             Left(),
         )
         self._bars = stack.enter_context(Progress(*columns, console=self.console, transient=True))
-        self._task: Any = None
-        self._stage = ""
+        self._shown: dict[str, tuple[str, Any]] = {}
 
-    def progress(self, stage: str) -> Progress:
+    def progress(self, stage: str, lane: str = "") -> Progress:
+        """What shows the steps of ``stage``, in the place of the stage before it in the same ``lane``."""
+
         def step(done: int, total: int, note: str) -> None:
-            if stage != self._stage or self._task is None:
-                if self._task is not None:
-                    self._bars.remove_task(self._task)
-                self._stage, self._task = stage, self._bars.add_task(stage, total=None, note="")
+            shown, task = self._shown.get(lane, ("", None))
+            if stage != shown:
+                if task is not None:
+                    self._bars.remove_task(task)
+                task = self._bars.add_task(stage, total=None, note="")
+                self._shown[lane] = stage, task
                 if not self.console.is_terminal:
                     self.say(f"{stage} …")
             figures = f"{done:,}/{total:,} {note}" if total else note
-            self._bars.update(self._task, completed=done, total=total or None, note=figures)
+            self._bars.update(task, completed=done, total=total or None, note=figures)
 
         return step
 
@@ -166,7 +171,7 @@ def compress(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    target: Annotated[str | None, typer.Option("--target", help="cpu, cpu:N for N threads, or cpu:openvino:N.")] = None,
+    target: Annotated[str | None, typer.Option("--target", help=WHERE)] = None,
     metric: MetricOption = None,
     max_drop: Annotated[str | None, typer.Option("--max-drop", help="Quality that may be lost: 1%.")] = None,
     max_latency: Annotated[str | None, typer.Option("--max-latency", help="Longest median latency: 5ms.")] = None,
@@ -363,9 +368,7 @@ def prune(
     speedup: Annotated[
         str | None, typer.Option("--speedup", help="Instead of a ratio: so much faster on --target, measured: 2x.")
     ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", help="Of --speedup: cpu, cpu:N for N threads, or cpu:openvino:N.")
-    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help=f"Of --speedup: {WHERE}")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Of --speedup: rows at a time.", min=1)] = 1,
     seq: Annotated[
         int | None, typer.Option("--seq", help="Of --speedup: tokens; 128 where the model takes as many.", min=1)
@@ -415,7 +418,12 @@ def prune(
     _check_shapes(low_rank, merge_tokens, sparsity, uniform=uniform, trained=recover == "distill", units=units)
     fitted: Fitted | None = None
     with ExitStack() as stack:
+        from .benchmarks.targets import connect, parse
         from .models import metrics
+
+        if wanted is not None:
+            where = parse(target or "cpu")
+            stack.enter_context(connect(where, where.runtime))
 
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code, metric)
         judged = workload.data.evaluation if len(workload.data.evaluation) and _first() else None
@@ -683,7 +691,9 @@ def quantize(
     max_drop: Annotated[
         str | None, typer.Option("--max-drop", help="Quality that may be lost, 1%: the worst operators stay in float.")
     ] = None,
-    target: Annotated[str | None, typer.Option("--target", help="Of --max-drop: cpu, or cpu:N for N threads.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of --max-drop: cpu:N, or ssh://user@host/cpu:N.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Of --max-drop: rows at a time.", min=1)] = 1,
     seq: Annotated[
         int | None, typer.Option("--seq", help="Of --max-drop: tokens; 128 where the model takes as many.", min=1)
@@ -784,7 +794,7 @@ def _write_mixed(
     from . import recipe
     from .benchmarks import compare as comparing
     from .benchmarks import mixed
-    from .benchmarks.targets import parse
+    from .benchmarks.targets import connect, parse
     from .compress import quantize as quantizers
     from .compress.quantize.sensitivity import SCHEMES
     from .export.artifact import seal
@@ -799,6 +809,7 @@ def _write_mixed(
     if parse(target).runtime != "onnx":
         raise UnavailableError(f"What operators in float cost is measured in ONNX Runtime, not on '{target}'.")
     with ExitStack() as stack:
+        stack.enter_context(connect(parse(target), "onnx"))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workload, screen = _load(stack, model, data, columns, seed, trust_remote_code, metric)
         found = mixed.fit(
@@ -1024,9 +1035,7 @@ def _verify(folder: Path, *, as_json: bool) -> None:
 @app.command()
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="Artifact folders; all are measured interleaved.")],
-    target: Annotated[
-        list[str] | None, typer.Option("--target", help="cpu or cpu:N; more than once for several.")
-    ] = None,
+    target: TargetsOption = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes: 1,8.")] = "1",
     seq: Annotated[str, typer.Option("--seq", help="Sequence lengths: 32,128.")] = "128",
     past: Annotated[
@@ -1041,33 +1050,20 @@ def bench(
 ) -> None:
     """Measure artifacts against each other; the first is the one the others are compared with."""
     from .benchmarks import compare as comparing
-    from .benchmarks import load
     from .export.artifact import open_artifact
 
     if data:
         raise UnavailableError("bench --data (quality beside latency) is not available yet in this version.")
     opened = [open_artifact(folder) for folder in artifacts]
+    shapes = [(size, length) for size in _numbers(batch, "--batch") for length in _numbers(seq, "--seq")]
+    options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
     rows: list[dict[str, Any]] = []
-    environment: dict[str, Any] = {}
-    with ExitStack() as stack:
-        screen = Screen(stack)
-        for where in target or ["cpu"]:
-            for size in _numbers(batch, "--batch"):
-                for length in _numbers(seq, "--seq"):
-                    taken = load.benchmark(
-                        opened,
-                        target=where,
-                        batch=size,
-                        sequence=length,
-                        past=past,
-                        min_queries=queries,
-                        min_seconds=seconds,
-                        progress=screen.progress(f"{where} {size}x{length}"),
-                    )
-                    rows += comparing.rows(taken)
-                    environment = dict(taken[0].environment)
+    environments: dict[str, Any] = {}
+    for taken in _measured(opened, target or ["cpu"], shapes, **options):
+        rows += comparing.rows(taken)
+        environments[taken[0].target] = dict(taken[0].environment)
     if json_:
-        _print({"rows": rows, "environment": environment})
+        _print({"rows": rows, "environment": next(iter(environments.values())), "environments": environments})
         return
     per_shape = len(opened)
     for start in range(0, len(rows), per_shape):
@@ -1089,6 +1085,35 @@ def _sweep_table(found: Sequence[dict[str, Any]]) -> None:
         lines.append([cell["name"], cell["state"], *(texts(rows[0], cell["original"]) if rows else [cell["said"]])])
     width = max(map(len, lines), default=0)
     plain_table(["cell", "state", *COLUMNS][:width], [line + [""] * (width - len(line)) for line in lines])
+
+
+def _measured(
+    artifacts: Sequence[Artifact], names: Sequence[str], shapes: Sequence[tuple[int, int]], **options: Any
+) -> list[list[Measurement]]:
+    """``artifacts`` interleaved in each shape, batch and sequence, on each target; hosts work at the same time."""
+    from .benchmarks import load, targets
+
+    parsed = [targets.parse(name) for name in names]
+    with ExitStack() as stack:
+        screen = Screen(stack)
+        for target in parsed:  # all, before anything is measured; and what was sent for one shape is there for the next
+            stack.enter_context(targets.connect(target, *(artifact.manifest.runtime for artifact in artifacts)))
+
+        def work(target: targets.Target) -> list[list[Measurement]]:
+            return [
+                load.benchmark(
+                    artifacts,
+                    target=str(target),
+                    batch=size,
+                    sequence=length,
+                    progress=screen.progress(f"{target} {size}x{length}", target.where),
+                    **options,
+                )
+                for size, length in shapes
+            ]
+
+        found = targets.at_once(parsed, work)
+    return [taken for of_one in found for taken in of_one]
 
 
 def _shares(text: str) -> float | dict[str, float]:
@@ -1143,7 +1168,7 @@ def sweep(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="A run folder, results.sqlite, or artifact folders to measure.")],
-    target: TargetOption = "cpu",
+    target: TargetsOption = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
@@ -1163,20 +1188,22 @@ def compare(
     if len(runs) == 1:
         summary = read_summary(runs[0])
         document = {name: summary[name] for name in ("original", "results", "chosen", "refused")}
+        tables = [[document["original"], *document["results"]]]
     else:
         from .benchmarks import compare as comparing
-        from .benchmarks import load
         from .export.artifact import open_artifact
 
-        with ExitStack() as stack:
-            step = Screen(stack).progress("compare")
-            taken = load.benchmark([open_artifact(folder) for folder in runs], target=target, progress=step)
-        original, *results = comparing.rows(taken)
+        opened = [open_artifact(folder) for folder in runs]
+        tables = [comparing.rows(taken) for taken in _measured(opened, target or ["cpu"], [(1, 128)])]
+        original, *results = [row for table in tables for row in table]
         document = {"original": original, "results": results, "chosen": None, "refused": []}
     if json_:
         _print(document)
-    else:
-        _table(document["original"], document["results"], document["chosen"])
+        return
+    for first, *others in tables:
+        if len(tables) > 1:
+            print(first["target"])
+        _table(first, others, document["chosen"])
 
 
 @app.command()
@@ -1197,17 +1224,26 @@ def report(
 
 
 @app.command()
-def targets(json_: Json = False, verbose: Verbose = False, seed: Seed = 0) -> None:
-    """What this machine can run, and what is missing for the rest."""
+def targets(
+    device: Annotated[str | None, typer.Argument(help="ssh://user@host; this machine, if none is given.")] = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+    seed: Seed = 0,
+) -> None:
+    """What this machine or a device can run, and what is missing for the rest."""
     from .benchmarks.tables import plain_table
-    from .benchmarks.targets import listing
+    from .benchmarks.targets import listing, listing_of
 
-    rows = listing()
+    environment, rows = listing_of(device) if device else (None, listing())
     if json_:
-        _print({"targets": rows})
-    else:
-        lines = [[row["target"], "yes" if row["available"] else "no", row["note"]] for row in rows]
-        plain_table(["target", "available", ""], lines)
+        _print({"targets": rows, **({"environment": environment} if environment else {})})
+        return
+    if environment:
+        cores = f"{environment['cpus']} usable CPUs, {environment['memory_bytes'] / 1e9:.1f} GB of memory"
+        print(f"device     {environment['cpu']} ({environment['arch']}), {cores}")
+        print(f"python     {environment['python']}, {environment['system']} {environment['kernel']}")
+    lines = [[row["target"], "yes" if row["available"] else "no", row["note"]] for row in rows]
+    plain_table(["target", "available", ""], lines)
 
 
 @app.command()

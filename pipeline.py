@@ -104,25 +104,28 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
         quantizers.get(scheme)
         backends.writing(scheme, target.runtime)
     show = display or Silent()
-    with claimed(out, recipe):
-        workload = workloads.load(
-            recipe.model,
-            recipe.data,
-            columns=recipe.columns,
-            seed=recipe.seed,
-            max_length=recipe.max_length,
-            trust_remote_code=recipe.trust_remote_code,
-            progress=show.progress("load"),
-        ).judged_by(recipe.metric)
-        workload = metrics.for_artifacts(workload)
-        if not len(workload.data.evaluation):
-            raise InputError(f"{recipe.model} can only be judged on rows: give them with --data.")
-    if "input_ids" in workload.example and recipe.measure.sequence > workload.max_length:
-        raise UsageError(f"Sequence {recipe.measure.sequence} is longer than the model's {workload.max_length} tokens.")
-    run = _Run(out, recipe, workload, show, target)
-    outcome = run.finish(run.search(), resume=resume)
-    write_report(out)
-    return outcome
+    with targets.connect(target, target.runtime) as (_, target):  # one connection for all that is measured
+        with claimed(out, recipe):
+            workload = workloads.load(
+                recipe.model,
+                recipe.data,
+                columns=recipe.columns,
+                seed=recipe.seed,
+                max_length=recipe.max_length,
+                trust_remote_code=recipe.trust_remote_code,
+                progress=show.progress("load"),
+            ).judged_by(recipe.metric)
+            workload = metrics.for_artifacts(workload)
+            if not len(workload.data.evaluation):
+                raise InputError(f"{recipe.model} can only be judged on rows: give them with --data.")
+        if "input_ids" in workload.example and recipe.measure.sequence > workload.max_length:
+            raise UsageError(
+                f"Sequence {recipe.measure.sequence} is longer than the model's {workload.max_length} tokens."
+            )
+        run = _Run(out, recipe, workload, show, target)
+        outcome = run.finish(run.search(), resume=resume)
+        write_report(out)
+        return outcome
 
 
 class _Run:
@@ -130,7 +133,8 @@ class _Run:
 
     def __init__(self, out: Path, recipe: Recipe, workload: Workload, show: Display, target: Target) -> None:
         self.out, self.recipe, self.workload, self.show = out, recipe, workload, show
-        self.target, self.threads, self.backend = str(target), target.threads, backends.get(target.runtime)
+        self.target, self.backend = str(target), backends.get(target.runtime)
+        self.threads = environment.usable_cpus() if target.address else target.threads  # of this machine, for judging
         self.constraint: Constraint = recipe.limits.constraint()
         self.kept: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []

@@ -159,16 +159,18 @@ def measure(
     if "input_ids" in workload.example and sequence > workload.max_length:
         raise UsageError(f"Sequence {sequence} is longer than the model's {workload.max_length} tokens.")
     where = targets.parse(target)
-    machine = environment.fingerprint(where.threads)
-    key = _key(workload, machine, where.runtime, (batch, sequence, precision))
-    path = cache_folder() / "latency" / f"{key}.json"
-    with suppress(InputError):  # none yet, or one that is damaged: it is measured again
-        table = LatencyTable.from_json(read_json(path))
-        table.costs(workload.structure)
-        return table
-    with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(workload, Path(folder), where, batch, sequence, precision, rounds, seconds, progress or _silent)
-        table = bench.table(machine)
+    with targets.connect(where, where.runtime) as (host, where):
+        machine = host.environment(where.threads)
+        key = _key(workload, machine, where, (batch, sequence, precision))
+        path = cache_folder() / "latency" / f"{key}.json"
+        with suppress(InputError):  # none yet, or one that is damaged: it is measured again
+            table = LatencyTable.from_json(read_json(path))
+            table.costs(workload.structure)
+            return table
+        with tempfile.TemporaryDirectory() as folder:
+            show = progress or _silent
+            bench = _Bench(workload, Path(folder), where, batch, sequence, precision, rounds, seconds, show)
+            table = bench.table(machine)
     write_text(path, json.dumps(table.to_json()) + "\n")
     return table
 
@@ -177,13 +179,13 @@ def _silent(_done: int, _total: int, _note: str) -> None:
     pass
 
 
-def _key(workload: Workload, machine: Mapping[str, Any], runtime: str, shape: tuple[int, int, str]) -> str:
+def _key(workload: Workload, machine: Mapping[str, Any], where: Target, shape: tuple[int, int, str]) -> str:
     """What a table depends on: machine and runtime, the architecture with all of its sizes, shape and precision."""
     sites = [(s.kind, s.layer, s.count, s.params, s.macs) for s in workload.structure.sites]
     facts = {
         "version": (FORMAT, __version__),
-        "machine": [machine[name] for name in environment.DECISIVE],
-        "runtime": [runtime, machine["packages"].get(runner.RUNTIMES[runtime][0])],
+        "machine": [machine[name] for name in environment.DECISIVE] + ([str(where)] if where.address else []),
+        "runtime": [where.runtime, machine["packages"].get(runner.RUNTIMES[where.runtime][0])],
         "model": [str(workload.module), workload.skeleton.architecture, sites],
         "inputs": {name: (list(value.shape), str(value.dtype)) for name, value in workload.example.items()},
         "shape": shape,

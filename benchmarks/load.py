@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnavailableError, UsageError
+from ..export import reference
 from ..export.artifact import Artifact, Axis
 from . import runner, targets
-from .environment import fingerprint
 from .measurement import Measurement
+from .targets import Target
 
 Feeds = dict[str, NDArray[Any]]
 Progress = Callable[[int, int, str], None]
@@ -42,7 +43,8 @@ def benchmark(
     It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
     have no ``sequence``: it is 0 in what is returned. After a ``past`` of so many tokens their keys and values are
     given. Raises UsageError where the shape lies outside the range that an artifact was proven in, and UnavailableError
-    where its runtime cannot be measured.
+    where its runtime cannot be measured. On a device it raises what ``targets.connect`` does, and ParityError where an
+    artifact that came with references does not answer there as it did where it was proven.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
@@ -56,7 +58,7 @@ def benchmark(
                 f"(what can: {', '.join(runner.RUNTIMES)})."
             )
         package, _ = runner.RUNTIMES[artifact.manifest.runtime]
-        if find_spec(package) is None:
+        if where.host == "local" and find_spec(package) is None:
             raise UnavailableError(
                 f"{artifact.folder} runs on {package}, which is missing: "
                 f"pip install 'edgepress[{artifact.manifest.runtime}]' brings it."
@@ -64,7 +66,8 @@ def benchmark(
         _check_shape(artifact, batch, sequence, past)
     if not _has_axis(artifacts[0], "sequence"):
         sequence = 0
-    with targets.get(where.host).connect(where.host) as host, tempfile.TemporaryDirectory() as folder:
+    runtimes = (artifact.manifest.runtime for artifact in artifacts)
+    with targets.connect(where, *runtimes) as (host, where), tempfile.TemporaryDirectory() as folder:
         for at, artifact in enumerate(artifacts):  # pruned models have keys and values of other sizes
             np.savez(Path(folder) / f"feeds{at}.npz", **arbitrary(artifact, batch, sequence, past))  # type: ignore[arg-type]
         shutil.copy(RUNNER, folder)
@@ -72,25 +75,24 @@ def benchmark(
         jobs = [
             {
                 "runtime": artifact.manifest.runtime,
-                "model": f"{host.put(artifact.folder)}/{artifact.manifest.model_file}",
+                "model": f"{host.put(artifact.folder, artifact.needed, progress)}/{artifact.manifest.model_file}",
                 "disabled_optimizers": list(artifact.manifest.session.disabled_optimizers),
                 "inference_precision": artifact.manifest.session.inference_precision,
                 "feeds": f"{place}/feeds{at}.npz",
             }
             for at, artifact in enumerate(artifacts)
         ]
-        common = {"threads": where.threads}
 
-        def run(name: str, job: dict[str, Any]) -> Any:
-            (Path(folder) / f"{name}.json").write_text(json.dumps({**common, **job}), encoding="utf-8")
-            return json.loads(host.run(["python", f"{place}/{RUNNER.name}", f"{place}/{name}.json"], _relay(progress)))
+        def run(**job: Any) -> Any:
+            text = json.dumps({"threads": where.threads, **job})
+            return json.loads(host.run(["python", f"{place}/{RUNNER.name}", text], _relay(progress)))
 
-        memories = [
-            run(f"memory{i}", {"mode": "memory", "artifacts": [job]}) if memory else {} for i, job in enumerate(jobs)
-        ]
-        timing = {"mode": "latency", "artifacts": jobs, "min_queries": min_queries, "min_seconds": min_seconds}
-        samples = run("latency", timing)["samples_ns"]
-    environment = fingerprint(where.threads)
+        if where.address:
+            for artifact, job in zip(artifacts, jobs, strict=True):
+                _hold_to_reference(artifact, job, host, where, run)
+        memories = [run(mode="memory", artifacts=[job]) if memory else {} for job in jobs]
+        samples = run(mode="latency", artifacts=jobs, min_queries=min_queries, min_seconds=min_seconds)["samples_ns"]
+        environment = host.environment(where.threads)
     return [
         Measurement(
             name=artifact.name,
@@ -147,6 +149,33 @@ def arbitrary(artifact: Artifact, batch: int, sequence: int, past: int = 0) -> F
             feeds[name] = random.integers(0, spec.below, size=shape).astype(spec.dtype)
         else:
             feeds[name] = random.standard_normal(shape).astype(spec.dtype)
+    return feeds
+
+
+def _hold_to_reference(
+    artifact: Artifact, job: Mapping[str, Any], host: Any, where: Target, run: Callable[..., Any]
+) -> None:
+    """Once in a connection: ParityError where a device does not compute what came with ``artifact``."""
+    cases = reference.read(artifact)
+    model = artifact.manifest.files[artifact.manifest.model_file]
+    if not cases or model in host.verified:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "reference.npz", **_numbered(artifact, cases))  # type: ignore[arg-type]
+        feeds = f"{host.put(Path(folder))}/reference.npz"
+        told = run(mode="answers", artifacts=[{**job, "feeds": feeds}], values=reference.VALUES)["answers"]
+    found = [[reference.Answer(tuple(one["shape"]), np.asarray(one["values"])) for one in case] for case in told]
+    reference.judge(artifact, cases, found, where=f"on {where.where}")
+    host.verified.add(model)
+
+
+def _numbered(artifact: Artifact, cases: Sequence[reference.Case]) -> Feeds:
+    """The inputs of ``cases`` as ``runner.answers`` takes them; keys and values of no tokens, where none are given."""
+    feeds: Feeds = {}
+    for number, case in enumerate(cases):
+        rows = len(next(iter(case.feeds.values())))
+        nothing = arbitrary(artifact, rows, 1, 0) if _has_axis(artifact, "past_sequence") else {}
+        feeds |= {f"{number}.input.{name}": array for name, array in {**nothing, **case.feeds}.items()}
     return feeds
 
 

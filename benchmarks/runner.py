@@ -1,9 +1,11 @@
-"""The timing loop. One file that runs wherever Python, numpy and a runtime are: ``python runner.py job.json``.
+"""The timing loop. One file that runs wherever Python, numpy and a runtime are: ``python runner.py JOB``, JSON itself.
 
 It knows no model, data or metric: it opens a runtime's files, feeds them the arrays of an ``.npz``, and prints one JSON
 document with raw nanoseconds. ``mode`` is "latency" (all artifacts in this one process, interleaved round by round, so
-that the machine's drift hits all alike) or "memory" (one artifact in a process of its own).
+that the machine's drift hits all alike), "memory" (one artifact in a process of its own) or "answers" (what it says).
 """
+
+from __future__ import annotations
 
 import gc
 import importlib
@@ -21,9 +23,9 @@ WINDOW = 10
 MOST_WINDOWS = 20
 
 
-def main(job_file: str) -> None:
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    result = {"latency": latency, "memory": memory}[job["mode"]](job)
+def main(text: str) -> None:
+    job = json.loads(text)
+    result = {"latency": latency, "memory": memory, "answers": answers}[job["mode"]](job)
     json.dump(result, sys.stdout)
 
 
@@ -136,6 +138,27 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
     for _ in range(3):
         run()
     return {"load_ns": load_ns, "peak_rss_bytes": peak_rss()}
+
+
+def answers(job: dict[str, Any]) -> dict[str, Any]:
+    """What one artifact answers to each case of its feeds, named ``CASE.input.NAME``: shapes, and values evenly spaced.
+
+    At most ``values`` of an answer, as ``reference.npz`` holds them.
+    """
+    (artifact,) = job["artifacts"]
+    arrays = read_feeds(artifact)
+    found = []
+    for case in sorted({int(name.split(".", 1)[0]) for name in arrays}):
+        marked = f"{case}.input."
+        feeds = {name[len(marked) :]: array for name, array in arrays.items() if name.startswith(marked)}
+        outputs = open_model(artifact, job["threads"], feeds)()
+        outputs = list(outputs.values()) if hasattr(outputs, "values") else outputs
+        found.append([{"shape": one.shape, "values": spaced(one, job["values"]).tolist()} for one in outputs])
+    return {"answers": found}
+
+
+def spaced(array: Any, values: int) -> Any:
+    return array.reshape(-1)[:: max(1, -(-array.size // values))]
 
 
 def peak_rss() -> int:

@@ -125,10 +125,15 @@ class Artifact:
         return self.folder / self.manifest.model_file
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of the files a device must hold to run the model: the graph and its data, not the tokenizer."""
+    def needed(self) -> tuple[str, ...]:
+        """The files a device must hold to run the model: the graph and its data, not the tokenizer."""
         stem = Path(self.manifest.model_file).stem
-        return sum((self.folder / name).stat().st_size for name in self.manifest.files if Path(name).stem == stem)
+        return tuple(name for name in self.manifest.files if Path(name).stem == stem)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files that are needed."""
+        return sum((self.folder / name).stat().st_size for name in self.needed)
 
 
 def seal(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:

@@ -7,7 +7,7 @@ Nothing here needs PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +70,39 @@ class Verified:
     cosine: float | None = None
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One output: its shape, and evenly spaced values of it."""
+
+    shape: tuple[int, ...]
+    values: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    feeds: Feeds
+    answers: tuple[Answer, ...]
+
+
 def verify(artifact: Artifact, *, threads: int = 1) -> Verified:
     """Run the references of an opened artifact, whose checksums are thus right, on this machine.
 
     Raises ParityError where it answers otherwise than where it was proven, beyond the tolerance of its precision;
     InputError where the references are damaged, UnavailableError where its runtime is missing.
     """
+    cases = read(artifact)
+    if not cases:
+        return Verified(0)
+    with _opened(artifact, threads) as run:
+        found = [[Answer(array.shape, _spaced(array)) for array in run(case.feeds)] for case in cases]
+    return judge(artifact, cases, found)
+
+
+def read(artifact: Artifact) -> tuple[Case, ...]:
+    """The references that came with ``artifact``, which may be none; InputError where they are damaged."""
     path = artifact.folder / FILE
     if not path.is_file():
-        return Verified(0)
+        return ()
     try:
         with ZipFile(path) as packed:
             size = sum(entry.file_size for entry in packed.infolist())
@@ -86,28 +110,45 @@ def verify(artifact: Artifact, *, threads: int = 1) -> Verified:
             raise InputError(f"{path} would take {size / 1e6:.0f} MB, far more than references do.")
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored)
-        cases = sorted({int(name.split(".", 1)[0]) for name in arrays})
+        numbers = sorted({int(name.split(".", 1)[0]) for name in arrays})
     except (BadZipFile, OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
+    cases = []
+    for number in numbers:
+        marked = f"{number}.input."
+        feeds = {name.removeprefix(marked): array for name, array in arrays.items() if name.startswith(marked)}
+        answers: list[Answer] = []
+        while (shape := arrays.get(f"{number}.shape.{len(answers)}")) is not None:
+            values = arrays.get(f"{number}.values.{len(answers)}")
+            if values is None:
+                break
+            answers.append(Answer(tuple(map(int, shape)), values))
+        cases.append(Case(feeds, tuple(answers)))
+    return tuple(cases)
+
+
+def judge(
+    artifact: Artifact, cases: Sequence[Case], found: Sequence[Sequence[Answer]], *, where: str = "here"
+) -> Verified:
+    """What was ``found`` on a machine beside what each of ``cases`` says; the errors of :func:`verify`."""
     pairs = []
-    with _opened(artifact, threads) as run:
-        for case in cases:
-            marked = f"{case}.input."
-            feeds = {name.removeprefix(marked): array for name, array in arrays.items() if name.startswith(marked)}
-            for place, ours in enumerate(run(feeds)):
-                shape, theirs = (arrays.get(f"{case}.{word}.{place}") for word in ("shape", "values"))
-                if shape is None or theirs is None:
-                    raise InputError(f"{path} has no answer {place} to compare with.")
-                if ours.shape != tuple(shape):
-                    raise ParityError(f"{artifact.folder} gives {ours.shape} here, not {tuple(map(int, shape))}.")
-                pairs.append((_spaced(ours).astype(np.float64), theirs.astype(np.float64)))
-    return _compared(artifact, pairs, len(cases))
+    for case, answers in zip(cases, found, strict=True):
+        for place, ours in enumerate(answers):
+            if place >= len(case.answers):
+                raise InputError(f"{artifact.folder / FILE} has no answer {place} to compare with.")
+            theirs = case.answers[place]
+            if ours.shape != theirs.shape or ours.values.shape != theirs.values.shape:
+                raise ParityError(f"{artifact.folder} gives {ours.shape} {where}, not {theirs.shape}.")
+            pairs.append((ours.values.astype(np.float64), theirs.values.astype(np.float64)))
+    return _judged(artifact, pairs, len(cases), where)
 
 
-def _compared(artifact: Artifact, pairs: list[tuple[NDArray[np.float64], NDArray[np.float64]]], cases: int) -> Verified:
+def _judged(
+    artifact: Artifact, pairs: list[tuple[NDArray[np.float64], NDArray[np.float64]]], cases: int, where: str
+) -> Verified:
     ours, theirs = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     if not np.isfinite(ours).all():
-        raise ParityError(f"{artifact.folder} gives values here that are not finite.")
+        raise ParityError(f"{artifact.folder} gives values {where} that are not finite.")
     largest, spread = max(np.abs(theirs).max(), 1e-12), max(np.sqrt(np.square(theirs).mean()), 1e-12)
     max_abs = float(np.abs(ours - theirs).max())
     if artifact.precision in TOLERANCE:
@@ -117,8 +158,8 @@ def _compared(artifact: Artifact, pairs: list[tuple[NDArray[np.float64], NDArray
         limit, unit = INTEGER_TOLERANCE, "root mean square"
     if error > limit:
         raise ParityError(
-            f"{artifact.folder} does not compute here what it computed where it was proven: {error:.2e} of the {unit} "
-            f"away, where {limit:.2g} is allowed in {artifact.precision}."
+            f"{artifact.folder} does not compute {where} what it computed where it was proven: {error:.2e} of the "
+            f"{unit} away, where {limit:.2g} is allowed in {artifact.precision}."
         )
     norms = max(float(np.linalg.norm(ours) * np.linalg.norm(theirs)), 1e-12)
     return Verified(cases, max_abs, float(max_abs / largest), float(ours @ theirs) / norms)

@@ -8,14 +8,21 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ...errors import EdgepressError
+from ..environment import fingerprint
+
+Progress = Callable[[int, int, str], None]
 
 
 class Local:
-    def put(self, folder: Path) -> str:
+    def put(self, folder: Path, names: Sequence[str] | None = None, progress: Progress | None = None) -> str:
         """The path of ``folder`` over there; nothing has to move."""
         return str(folder.resolve())
+
+    def environment(self, threads: int) -> dict[str, Any]:
+        return fingerprint(threads)
 
     def run(self, argv: Sequence[str], on_line: Callable[[str], None] | None = None) -> bytes:
         """What ``argv`` prints on stdout; each line of its stderr goes to ``on_line``. "python" is this interpreter.
@@ -52,5 +59,5 @@ class Local:
 
 
 @contextmanager
-def connect(_host: str = "local") -> Iterator[Local]:
+def connect(_address: object = None) -> Iterator[Local]:
     yield Local()

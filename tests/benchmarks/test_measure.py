@@ -191,7 +191,7 @@ def test_a_target_says_what_it_is(text: str, runtime: str) -> None:
     assert targets.parse(str(target)) == target
 
 
-@pytest.mark.parametrize("text", ["cuda", "tensorrt", "ssh://me@host/cpu:2"])
+@pytest.mark.parametrize("text", ["cuda", "tensorrt", "ssh://me@host/cuda", "ssh://me@host/tensorrt"])
 def test_targets_that_are_planned(text: str) -> None:
     with pytest.raises(UnavailableError, match="not available yet"):
         targets.parse(text)
