@@ -30,8 +30,8 @@ from ...models.dequantize import dequantized
 from ...models.workload import Workload, answer
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
+from .. import axes, encoder_decoder, halves, locate, nbits, parity, placement, reference, session
 from .. import cache as caching
-from .. import encoder_decoder, halves, locate, nbits, parity, placement, reference, session
 from ..artifact import Artifact, Session
 
 FORMS: dict[str, Session] = {
@@ -155,14 +155,14 @@ def export(workload: Workload) -> onnx.ModelProto:
     if pair and workload.task in {tasks.CLASSIFICATION, tasks.REGRESSION}:
         raise UnavailableError(f"{workload.name} looks for its text's end; its export is not available yet.")
     module: Any = _exportable(workload)
-    inputs, axes, dims = _traced(workload), workload.input_axes, {}
-    outputs: tuple[str, ...] = ("logits", *caching.outputs(axes))
+    inputs, declared, dims = _traced(workload), workload.input_axes, {}
+    outputs: tuple[str, ...] = ("logits", *caching.outputs(declared))
     if encoder_decoder.is_part(workload):
         outputs = encoder_decoder.outputs(workload)
     steps = outputs != ("logits",)
-    for axis in (axis for of_input in axes.values() for axis in of_input.values()):
+    for axis in (axis for of_input in declared.values() for axis in of_input.values()):
         dims[axis.name] = caching.dim(axis) if steps else torch.export.Dim(axis.name, min=axis.min, max=axis.max)
-    shapes = tuple({place: dims[axis.name] for place, axis in of_input.items()} for of_input in axes.values())
+    shapes = tuple({place: dims[axis.name] for place, axis in of_input.items()} for of_input in declared.values())
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
@@ -175,33 +175,37 @@ def export(workload: Workload) -> onnx.ModelProto:
                 inputs,
                 dynamo=True,
                 dynamic_shapes={"inputs": shapes},
-                input_names=list(axes),
+                input_names=list(declared),
                 output_names=list(outputs),
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UnavailableError(f"{workload.name} cannot be exported to ONNX: {why}") from error
+        cause = error.__cause__ or error
+        if fixed := axes.violated(workload, cause):
+            raise UnavailableError(fixed) from error
+        raise UnavailableError(f"{workload.name} cannot be exported to ONNX: {_first_lines(cause)}") from error
     assert program is not None
+    axes.check(workload, program)
     model = program.model_proto
     _name_nodes(model)
     return model
 
 
 def _traced(workload: Workload) -> tuple[Tensor, ...]:
-    """Two rows of the inputs that the graph is traced with, short where their length is free; a tensor each.
-
-    A size that is traced as 1 is taken for one that never changes, so there are two rows; and lengths that are alike
-    for one that is the same, so they differ.
-    """
-    lengths = {"sequence": 16, "decoder_sequence": 7}
+    """Two rows of the inputs that the graph is traced with, short where their length is free; a tensor each."""
     made = []
-    for name, axes in workload.input_axes.items():
+    for name, of_input in workload.input_axes.items():
         tensor = workload.example[name]
-        if 1 in axes:
-            tensor = tensor[:, : lengths.get(axes[1].name)]
-        made.append(torch.cat([tensor, tensor]).clone())
+        if 1 in of_input:
+            tensor = tensor[:, : axes.TRACED.get(of_input[1].name)]
+        made.append(torch.cat([tensor] * axes.TRACED["batch"]))
     return tuple(made)
+
+
+def _first_lines(error: BaseException) -> str:
+    """What an error says first, and what it announces by a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 class _Answer(nn.Module):
