@@ -96,6 +96,8 @@ class Manifest(_Strict):
     labels: tuple[str, ...] = ()
     session: Session = Session()
     engine: Engine | None = None
+    opset: int | None = None
+    """Of an ONNX file: the version of the standard operators."""
     operators: dict[str, int]
     quantized: dict[str, str] = {}
     """Node name to weight type, for what does not stay in float."""

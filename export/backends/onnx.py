@@ -42,6 +42,9 @@ FORMS: dict[str, Session] = {
 skip-LayerNorm kernel is slower than Add followed by LayerNormalization on some CPUs."""
 
 MODEL_FILE = "model.onnx"
+OPSETS = range(17, 26)
+"""Versions of the standard operators that can be asked for. The exporter's own are written in 18 and converted from
+there; downwards that succeeds for some models."""
 QUANTIZED = ("Gather", "MatMul", "Gemm", "LSTM")
 INTEGER = ("int8", "int8-dynamic")
 REWRITERS = {"int4": nbits.rewrite, "int8-weight": nbits.rewrite, "fp16": halves.store, "bf16": halves.store}
@@ -58,15 +61,20 @@ def write(
     form: str | None = None,
     base: Artifact | None = None,
     cache: int | None = None,
+    opset: int | None = None,
 ) -> Artifact:
     """Export ``workload`` in the precision of ``plan``, prove parity with its module, and seal the folder.
 
     ``base`` is the float artifact of the same module where there is one already; its graph is used instead of
     exporting again, unless the plan changes the module's state. ``form`` is "default" for a float graph and, if none is
     given, the one in which integer products were measured to run faster for the others. With ``cache`` the graph is a
-    step of generation for so many tokens, see :mod:`..cache`. Raises ParityError, and leaves nothing behind, where the
-    file does not compute what it should.
+    step of generation for so many tokens, see :mod:`..cache`. ``opset`` is the version of the standard operators, one
+    of ``OPSETS``; left out, the exporter's own, or a later one that a scheme needs. Raises UsageError where the scheme
+    needs a later one than ``opset``, and ParityError where the file does not compute what it should; nothing is left
+    behind then.
     """
+    if opset is not None and opset not in OPSETS:
+        raise UsageError(f"Operator set {opset} cannot be written; {OPSETS[0]} to {OPSETS[-1]} can.")
     form = form or ("unfused-skip-layernorm" if plan.scheme in INTEGER else "default")
     if form not in FORMS:
         raise UsageError(f"There is no graph form '{form}' (known: {', '.join(FORMS)}).")
@@ -78,8 +86,8 @@ def write(
         raise UsageError(f"{base.folder} has other inputs than the graph that it should be made into.")
     with new_folder(folder) as place:
         path = place / MODEL_FILE
-        usable = None if plan.state else base  # the float artifact has other weights than those of the plan's state
-        graph = onnx.load(usable.model_file) if usable else export(dequantized(workload, plan))
+        usable = None if plan.state or opset else base  # which has other weights, or other operators
+        graph = onnx.load(usable.model_file) if usable else export(dequantized(workload, plan), opset)
         costs = {}
         if encoder_decoder.is_part(workload):
             plan, costs = encoder_decoder.only(plan, graph), encoder_decoder.costs(workload)
@@ -90,11 +98,15 @@ def write(
             onnx.save(graph, path)
         else:
             quantize_graph(graph, plan, path)
+        onnx.checker.check_model(path, full_check=True)  # with shape inference, in its strict mode
         final = onnx.load(path)
-        onnx.checker.check_model(final, full_check=False)
+        written = _opset(final)
+        if opset not in {None, written}:
+            raise UsageError(f"{workload.name} in {plan.scheme} needs operator set {written} at least, not {opset}.")
         described = artifacts.describe(workload, plan, final, runtime="onnx", file=MODEL_FILE, name=name, base=base)
         tools = {tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")}
-        manifest = described.model_copy(update={"session": FORMS[form], "tools": tools, **costs})
+        more = {"session": FORMS[form], "tools": tools, "opset": written}
+        manifest = described.model_copy(update={**more, **costs})
         with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as opened:
             kept = reference.Recorder(opened.run)
             if encoder_decoder.is_part(workload):
@@ -119,7 +131,7 @@ def _whence(workload: Workload, plan: QuantizationPlan, graph: onnx.ModelProto, 
         if plan.scheme == "fp32":
             found = locate.from_module(graph, workload, feeds, limit)
         else:
-            float_graph = onnx.load(base.model_file) if base else export(dequantized(workload, plan))
+            float_graph = onnx.load(base.model_file) if base else export(dequantized(workload, plan), _opset(graph))
             found = locate.from_graph(graph, float_graph, feeds, limit)
         if found:
             return (
@@ -130,13 +142,23 @@ def _whence(workload: Workload, plan: QuantizationPlan, graph: onnx.ModelProto, 
 
 
 def export_artifact(
-    workload: Workload, folder: str | Path, plan: QuantizationPlan | None = None, *, cache: int | None = None
+    workload: Workload,
+    folder: str | Path,
+    plan: QuantizationPlan | None = None,
+    *,
+    cache: int | None = None,
+    opset: int | None = None,
 ) -> Artifact:
     """Export ``workload`` to ``folder`` as an ONNX artifact, in FP32 or in the precision of ``plan``.
 
-    With ``cache`` a causal language model takes and gives the keys and values of up to so many tokens.
+    With ``cache`` a causal language model takes and gives the keys and values of up to so many tokens. ``opset`` is the
+    version of the standard operators that the file is written in.
     """
-    return write(workload, plan or QuantizationPlan("fp32"), Path(folder), cache=cache)
+    return write(workload, plan or QuantizationPlan("fp32"), Path(folder), cache=cache, opset=opset)
+
+
+def _opset(graph: onnx.ModelProto) -> int:
+    return next(one.version for one in graph.opset_import if not one.domain)
 
 
 def in_form(artifact: Artifact, form: str) -> Artifact:
@@ -144,10 +166,10 @@ def in_form(artifact: Artifact, form: str) -> Artifact:
     return Artifact(artifact.folder, artifact.manifest.model_copy(update={"session": FORMS[form]}))
 
 
-def export(workload: Workload) -> onnx.ModelProto:
+def export(workload: Workload, opset: int | None = None) -> onnx.ModelProto:
     """The float graph of a workload's module: one node per operator, named after the module it comes from.
 
-    Raises UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token.
+    ``opset`` is the version of the standard operators, the exporter's own where nothing is said. Raises UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token.
     """
     if workload.task is tasks.RETRIEVAL:
         raise UnavailableError(f"{workload.name} has two towers, which are two graphs: the command export writes both.")
@@ -177,6 +199,7 @@ def export(workload: Workload) -> onnx.ModelProto:
                 dynamic_shapes={"inputs": shapes},
                 input_names=list(declared),
                 output_names=list(outputs),
+                opset_version=opset,
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
@@ -187,6 +210,8 @@ def export(workload: Workload) -> onnx.ModelProto:
     assert program is not None
     axes.check(workload, program)
     model = program.model_proto
+    if opset not in {None, _opset(model)}:  # the exporter keeps what it cannot convert
+        raise UnavailableError(f"{workload.name} cannot be written in operator set {opset}, only in {_opset(model)}.")
     _name_nodes(model)
     return model
 
@@ -249,7 +274,8 @@ def _exportable(workload: Workload) -> nn.Module:
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
-    """Name each node after the module that it comes from, and drop what the exporter noted about its own source."""
+    """Name each node after the module that it comes from, and drop what the exporter noted about its own source, and
+    about the types of constants, which a rewrite may change."""
     counts: Counter[str] = Counter()
     for node in model.graph.node:
         noted = {prop.key: prop.value for prop in node.metadata_props}
@@ -259,6 +285,10 @@ def _name_nodes(model: onnx.ModelProto) -> None:
         counts[label] += 1
         node.name = label if counts[label] == 1 else f"{label}_{counts[label]}"
         del node.metadata_props[:]
+    constants = {one.name for one in model.graph.initializer}
+    known = [value for value in model.graph.value_info if value.name not in constants]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(known)
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     del model.graph.metadata_props[:]

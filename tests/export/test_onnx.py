@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from edgepress.errors import InputError, UsageError
+from edgepress.errors import InputError, UnavailableError, UsageError
 from edgepress.export import backends, parity
 from edgepress.export.artifact import open_artifact
+from edgepress.export.backends import onnx as backend
 from edgepress.export.backends.onnx import open_session, write
 from edgepress.models import surgery
 from edgepress.plan import PruningPlan, QuantizationPlan, Unit
@@ -76,6 +79,35 @@ def test_dynamic_int8(pruned: Any, exported: Any, tmp_path: Path) -> None:
         feeds = parity.feeds(pruned, {"batch": 4, "sequence": 32})
         assert {name: array.shape for name, array in feeds.items()} == dict.fromkeys(feeds, (4, 32))
         assert session.run(feeds)[0].shape == (4, 2)
+
+
+@pytest.mark.parametrize(("opset", "scheme"), [(17, "fp32"), (25, "fp32"), (25, "int8-dynamic"), (17, "int8-weight")])
+def test_the_operator_set_that_was_asked_for(pruned: Any, sound: Any, opset: int, scheme: str, tmp_path: Path) -> None:
+    assert opset in {backend.OPSETS[0], backend.OPSETS[-1]}
+    plan = None if scheme == "fp32" else ep.quantize(pruned, scheme)
+    artifact = open_artifact(ep.export(pruned, tmp_path / "x", plan, opset=opset).folder)
+    assert artifact.manifest.opset == opset
+    assert {one.version for one in onnx.load(artifact.model_file).opset_import if not one.domain} == {opset}
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.cosine > (0.9999 if scheme == "fp32" else 0.95)
+    sound(artifact.model_file)
+
+
+def test_operator_sets_that_cannot_be_written(pruned: Any, exported: Any, here: Any, tmp_path: Path) -> None:
+    assert exported.manifest.opset in backend.OPSETS
+    for opset in (16, 26):
+        with pytest.raises(UsageError, match=f"Operator set {opset} cannot be written; 17 to 25 can"):
+            ep.export(pruned, tmp_path / "x", opset=opset)
+    with pytest.raises(UsageError, match="in int8-dynamic needs operator set 23 at least, not 20"):
+        ep.export(pruned, tmp_path / "x", ep.quantize(pruned, "int8-dynamic"), opset=20)
+    module = copy.deepcopy(pruned.module)  # whose Pad the converter does not bring to 17
+    module.bert.embeddings.register_forward_hook(lambda _, __, out: torch.nn.functional.pad(out, (1, 1))[..., 1:-1])
+    with pytest.raises(UnavailableError, match="cannot be written in operator set 17, only in 18"):
+        ep.export(replace(pruned, module=module), tmp_path / "x", opset=17)
+    assert not list(tmp_path.iterdir())
+    elsewhere = here("export", "zoo:cnn-mnist", "--to", "openvino", "--opset", "20", "-o", tmp_path / "x")
+    assert elsewhere.returncode == 2
+    assert "--opset is of --to onnx, not of --to openvino" in elsewhere.stderr
 
 
 def test_a_file_that_computes_something_else_is_refused_and_leaves_nothing(
