@@ -853,7 +853,7 @@ def export(
         typer.Option("--cache", help="Of --to onnx: what writes text keeps keys and values, of so many tokens.", min=1),
     ] = None,
     opset: Annotated[
-        int | None, typer.Option("--opset", help="Of --to onnx: the version of the standard operators, 17 to 25.")
+        int | None, typer.Option("--opset", help="Of --to onnx: the version of the standard operators, 18 to 25.")
     ] = None,
     capability: Annotated[
         str | None,

@@ -30,7 +30,7 @@ from ...models.dequantize import dequantized
 from ...models.workload import Workload, answer
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
-from .. import axes, encoder_decoder, halves, locate, nbits, parity, placement, reference, session
+from .. import axes, encoder_decoder, halves, large, locate, nbits, parity, placement, reference, session
 from .. import cache as caching
 from ..artifact import Artifact, Session
 
@@ -42,9 +42,9 @@ FORMS: dict[str, Session] = {
 skip-LayerNorm kernel is slower than Add followed by LayerNormalization on some CPUs."""
 
 MODEL_FILE = "model.onnx"
-OPSETS = range(17, 26)
-"""Versions of the standard operators that can be asked for. The exporter's own are written in 18 and converted from
-there; downwards that succeeds for some models."""
+OPSETS = range(18, 26)
+"""Versions of the standard operators that can be asked for. The exporter has its own in 18 and converts from there;
+downwards only by a tool that loses what a node comes from, by which it is quantized."""
 QUANTIZED = ("Gather", "MatMul", "Gemm", "LSTM")
 INTEGER = ("int8", "int8-dynamic")
 REWRITERS = {"int4": nbits.rewrite, "int8-weight": nbits.rewrite, "fp16": halves.store, "bf16": halves.store}
@@ -91,15 +91,9 @@ def write(
         costs = {}
         if encoder_decoder.is_part(workload):
             plan, costs = encoder_decoder.only(plan, graph), encoder_decoder.costs(workload)
-        if plan.scheme == "fp32":
-            onnx.save(graph, path)
-        elif plan.scheme in REWRITERS:
-            REWRITERS[plan.scheme](graph, plan)
-            onnx.save(graph, path)
-        else:
-            quantize_graph(graph, plan, path)
+        _save(graph, plan, path)
         onnx.checker.check_model(path, full_check=True)  # with shape inference, in its strict mode
-        final = onnx.load(path)
+        final = onnx.load(path, load_external_data=False)
         written = _opset(final)
         if opset not in {None, written}:
             raise UsageError(f"{workload.name} in {plan.scheme} needs operator set {written} at least, not {opset}.")
@@ -117,10 +111,20 @@ def write(
                 try:
                     proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
                 except ParityError as error:
-                    raise ParityError(f"{error}{_whence(workload, plan, final, usable)}") from error
+                    raise ParityError(f"{error}{_whence(workload, plan, onnx.load(path), usable)}") from error
         kept.save(place)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
+
+
+def _save(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -> None:
+    """Write ``graph`` in the precision of ``plan``."""
+    if plan.scheme in INTEGER:
+        quantize_graph(graph, plan, path)
+        return
+    if plan.scheme != "fp32":
+        REWRITERS[plan.scheme](graph, plan)
+    large.save(graph, path)
 
 
 def _whence(workload: Workload, plan: QuantizationPlan, graph: onnx.ModelProto, base: Artifact | None) -> str:
@@ -169,7 +173,9 @@ def in_form(artifact: Artifact, form: str) -> Artifact:
 def export(workload: Workload, opset: int | None = None) -> onnx.ModelProto:
     """The float graph of a workload's module: one node per operator, named after the module it comes from.
 
-    ``opset`` is the version of the standard operators, the exporter's own where nothing is said. Raises UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token.
+    ``opset`` is the version of the standard operators, the exporter's own where nothing is said. Raises
+    UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token, and where a
+    declared axis would not be free.
     """
     if workload.task is tasks.RETRIEVAL:
         raise UnavailableError(f"{workload.name} has two towers, which are two graphs: the command export writes both.")
@@ -314,7 +320,7 @@ def quantize_graph(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -
     if recurrent:
         _quantize_recurrent(placed, recurrent, path)
         placed = onnx.load(path)
-    onnx.save(placed, path)
+    large.save(placed, path)
     left = [node.name for node in placed.graph.node if node.op_type in QUANTIZED[1:] and _planned(node, plan)]
     if left:
         raise InputError(f"The product of '{left[0]}' stays in float, which the plan quantizes.")
