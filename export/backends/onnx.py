@@ -8,8 +8,6 @@ Source  torch.onnx.export (dynamo); onnxruntime.quantization; https://onnxruntim
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 import warnings
 from collections import Counter
@@ -21,16 +19,14 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
 
 from ...errors import InputError, ParityError, UnavailableError, UsageError
 from ...files import new_folder
-from ...models import tasks
 from ...models.dequantize import dequantized
-from ...models.workload import Workload, answer
+from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
-from .. import axes, encoder_decoder, halves, large, locate, nbits, parity, placement, reference, session
+from .. import axes, encoder_decoder, halves, large, locate, nbits, parity, placement, reference, session, traced
 from .. import cache as caching
 from ..artifact import Artifact, Session
 
@@ -177,20 +173,13 @@ def export(workload: Workload, opset: int | None = None) -> onnx.ModelProto:
     UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token, and where a
     declared axis would not be free.
     """
-    if workload.task is tasks.RETRIEVAL:
-        raise UnavailableError(f"{workload.name} has two towers, which are two graphs: the command export writes both.")
-    pair = workload.skeleton.config.get("is_encoder_decoder") and "input_ids" in workload.example
-    if pair and workload.task in {tasks.CLASSIFICATION, tasks.REGRESSION}:
-        raise UnavailableError(f"{workload.name} looks for its text's end; its export is not available yet.")
-    module: Any = _exportable(workload)
-    inputs, declared, dims = _traced(workload), workload.input_axes, {}
+    module: Any = traced.module(workload)
+    inputs, declared = traced.inputs(workload), workload.input_axes
     outputs: tuple[str, ...] = ("logits", *caching.outputs(declared))
     if encoder_decoder.is_part(workload):
         outputs = encoder_decoder.outputs(workload)
     steps = outputs != ("logits",)
-    for axis in (axis for of_input in declared.values() for axis in of_input.values()):
-        dims[axis.name] = caching.dim(axis) if steps else torch.export.Dim(axis.name, min=axis.min, max=axis.max)
-    shapes = tuple({place: dims[axis.name] for place, axis in of_input.items()} for of_input in declared.values())
+    shapes = traced.sizes(workload, bounded=not steps)
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
@@ -209,10 +198,7 @@ def export(workload: Workload, opset: int | None = None) -> onnx.ModelProto:
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        cause = error.__cause__ or error
-        if fixed := axes.violated(workload, cause):
-            raise UnavailableError(fixed) from error
-        raise UnavailableError(f"{workload.name} cannot be exported to ONNX: {_first_lines(cause)}") from error
+        raise traced.refusal(workload, error.__cause__ or error, "ONNX") from error
     assert program is not None
     axes.check(workload, program)
     model = program.model_proto
@@ -220,63 +206,6 @@ def export(workload: Workload, opset: int | None = None) -> onnx.ModelProto:
         raise UnavailableError(f"{workload.name} cannot be written in operator set {opset}, only in {_opset(model)}.")
     _name_nodes(model)
     return model
-
-
-def _traced(workload: Workload) -> tuple[Tensor, ...]:
-    """Two rows of the inputs that the graph is traced with, short where their length is free; a tensor each."""
-    made = []
-    for name, of_input in workload.input_axes.items():
-        tensor = workload.example[name]
-        if 1 in of_input:
-            tensor = tensor[:, : axes.TRACED.get(of_input[1].name)]
-        made.append(torch.cat([tensor] * axes.TRACED["batch"]))
-    return tuple(made)
-
-
-def _first_lines(error: BaseException) -> str:
-    """What an error says first, and what it announces by a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-class _Answer(nn.Module):
-    """A model as a function of tensors in the order of ``names``, returning its answer alone."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, tuple(names)
-        cached = "use_cache" in inspect.signature(model.forward).parameters
-        self.options = {"use_cache": False} if cached else {}
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return answer(self.model(**dict(zip(self.names, inputs, strict=True)), **self.options))
-
-
-def _exportable(workload: Workload) -> nn.Module:
-    """A copy of the module in the shape that gives the leanest graph.
-
-    Eager attention exports to two products and a softmax, which runtimes recognise. The padding mask is handed to the
-    encoder as the additive bias [batch, 1, 1, sequence] that it becomes anyway; left to the library, a dozen index
-    operators build it anew in every run.
-    """
-    module = copy.deepcopy(workload.module)
-    for child in module.modules():
-        if hasattr(child, "set_attn_implementation"):
-            child.set_attn_implementation("eager")  # type: ignore[operator]
-    if encoder_decoder.is_part(workload):
-        return encoder_decoder.of_part(workload, module).eval()
-    if caching.names(workload.example):
-        return caching.Step(module).eval()
-    if workload.structure.family != "bert":
-        return _Answer(module, tuple(workload.input_axes)).eval()
-    encoder = module.get_submodule(workload.structure.stacks[0].path.removesuffix("encoder.layer").removesuffix("."))
-
-    def additive_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        mask = kwargs["attention_mask"][:, None, None, :].to(torch.float32)
-        return args, {**kwargs, "attention_mask": (1.0 - mask) * torch.finfo(torch.float32).min}
-
-    encoder.register_forward_pre_hook(additive_mask, with_kwargs=True)
-    return _Answer(module, tuple(workload.input_axes)).eval()
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
