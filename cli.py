@@ -843,7 +843,7 @@ def export(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    to: Annotated[str, typer.Option("--to", help="onnx, openvino or tensorrt.")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino, tensorrt or executorch.")] = "onnx",
     scheme: Annotated[
         str,
         typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8, for onnx all of quantize."),

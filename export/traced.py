@@ -22,7 +22,8 @@ def program(workload: Workload, goal: str) -> Any:
     """The module as a program of PyTorch's own operators, for what is not made from an ONNX graph.
 
     It is traced with the most rows: what is made of it later takes a choice that PyTorch makes for few rows, such as an
-    algorithm for convolutions, for a bound of their number. Raises UnavailableError where it cannot be traced, or a declared axis would not be free.
+    algorithm for convolutions, for a bound of their number. Raises UnavailableError where it cannot be traced, or a
+    declared axis would not be free.
     """
     try:
         with warnings.catch_warnings(), torch.no_grad():
