@@ -209,8 +209,7 @@ def export(workload: Workload, opset: int | None = None) -> onnx.ModelProto:
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
-    """Name each node after the module that it comes from, and drop what the exporter noted about its own source, and
-    about the types of constants, which a rewrite may change."""
+    """Name each node after the module that it comes from, and drop what the exporter noted about its own source."""
     counts: Counter[str] = Counter()
     for node in model.graph.node:
         noted = {prop.key: prop.value for prop in node.metadata_props}
@@ -220,10 +219,6 @@ def _name_nodes(model: onnx.ModelProto) -> None:
         counts[label] += 1
         node.name = label if counts[label] == 1 else f"{label}_{counts[label]}"
         del node.metadata_props[:]
-    constants = {one.name for one in model.graph.initializer}
-    known = [value for value in model.graph.value_info if value.name not in constants]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(known)
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
