@@ -207,8 +207,8 @@ def check(run: Run, reference: Run, inputs: Iterable[Feeds], *, precision: str, 
         shape = tuple(next(iter(feed.values())).shape)
         if "past_ids" in feed:
             shape = (*shape, feed["past_ids"].shape[1])
-        ours = _ran(run, feed, f"the {precision} artifact", shape)
-        found[shape] = _difference(ours, _ran(reference, feed, reference_name, shape), shape)
+        got = _ran(run, feed, f"the {precision} artifact", shape)
+        found[shape] = _difference(got, _ran(reference, feed, reference_name, shape), shape)
     largest = max(1e-12, *(one.largest for one in found.values()))
     total = sum(one.size for one in found.values())
     spread = max(1e-12, float(np.sqrt(sum(one.squares[1] for one in found.values()) / total)))

@@ -158,7 +158,8 @@ def export_artifact(
 
 
 def _opset(graph: onnx.ModelProto) -> int:
-    return next(one.version for one in graph.opset_import if not one.domain)
+    version: int = next(one.version for one in graph.opset_import if not one.domain)
+    return version
 
 
 def in_form(artifact: Artifact, form: str) -> Artifact:

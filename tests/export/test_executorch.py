@@ -93,7 +93,7 @@ def test_what_it_cannot_write(here: Any, tmp_path: Path) -> None:
 
 
 def test_a_missing_library_is_one_sentence(workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "executorch", None)
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
     with pytest.raises(UnavailableError, match=r"ExecuTorch is missing: pip install 'edgepress\[executorch\]'"):
         backend.write(workload, FP32, tmp_path / "x")
     assert not list(tmp_path.iterdir())
