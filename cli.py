@@ -855,7 +855,7 @@ def export(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    to: Annotated[str, typer.Option("--to", help="onnx, openvino or tensorrt.")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino, tensorrt or executorch.")] = "onnx",
     scheme: Annotated[
         str,
         typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8, for onnx all of quantize."),
@@ -863,6 +863,9 @@ def export(
     cache: Annotated[
         int | None,
         typer.Option("--cache", help="Of --to onnx: what writes text keeps keys and values, of so many tokens.", min=1),
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option("--opset", help="Of --to onnx: the version of the standard operators, 18 to 25.")
     ] = None,
     capability: Annotated[
         str | None,
@@ -882,7 +885,7 @@ def export(
     """Write an artifact with dynamic batch and sequence, and prove that it computes what the model does."""
     options: dict[str, Any] = {}
     if verify:
-        if data or columns or cache or capability or sparse or (to, scheme) != ("onnx", "fp32"):
+        if data or columns or cache or opset or capability or sparse or (to, scheme) != ("onnx", "fp32"):
             raise UsageError("--verify takes an artifact folder alone.")
         _verify(Path(model), as_json=json_)
         return
@@ -890,10 +893,9 @@ def export(
         options = {"capability": capability, "sparse": sparse}
     elif capability or sparse:
         raise UsageError(f"{'--capability' if capability else '--sparse'} is of --to tensorrt, not of --to {to}.")
-    if cache and to != "onnx":
-        raise UsageError(f"--cache is of --to onnx, not of --to {to}.")
-    if cache:
-        options = {"cache": cache}
+    if (cache or opset) and to != "onnx":
+        raise UsageError(f"{'--cache' if cache else '--opset'} is of --to onnx, not of --to {to}.")
+    options |= {name: given for name, given in (("cache", cache), ("opset", opset)) if given}
     _write_artifact(
         model,
         data,

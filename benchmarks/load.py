@@ -57,7 +57,7 @@ def benchmark(
                 f"{artifact.folder} is for {artifact.manifest.runtime}, which cannot be measured yet in this version "
                 f"(what can: {', '.join(runner.RUNTIMES)})."
             )
-        package, _ = runner.RUNTIMES[artifact.manifest.runtime]
+        package = runner.RUNTIMES[artifact.manifest.runtime][0].partition(".")[0]
         if where.host == "local" and find_spec(package) is None:
             raise UnavailableError(
                 f"{artifact.folder} runs on {package}, which is missing: "
@@ -79,6 +79,7 @@ def benchmark(
                 "disabled_optimizers": list(artifact.manifest.session.disabled_optimizers),
                 "inference_precision": artifact.manifest.session.inference_precision,
                 "feeds": f"{place}/feeds{at}.npz",
+                "inputs": list(artifact.manifest.inputs),
             }
             for at, artifact in enumerate(artifacts)
         ]

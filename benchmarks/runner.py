@@ -68,7 +68,23 @@ def open_openvino(artifact: dict[str, Any], threads: int, feeds: dict[str, Any])
     return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
 
 
-RUNTIMES = {"onnx": ("onnxruntime", open_onnx), "openvino": ("openvino", open_openvino)}
+def open_executorch(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
+    import torch
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    portable_lib._unsafe_reset_threadpool(threads)
+    program = Runtime.get().load_program(artifact["model"])
+    method = program.load_method("forward")
+    inputs = [torch.from_numpy(feeds[name]) for name in artifact["inputs"]]
+    return lambda: method.execute(inputs)
+
+
+RUNTIMES = {
+    "onnx": ("onnxruntime", open_onnx),
+    "openvino": ("openvino", open_openvino),
+    "executorch": ("executorch.runtime", open_executorch),
+}
 """By the word of the manifest, the package, which is imported where a job needs it, and what opens a file with it."""
 
 

@@ -96,6 +96,8 @@ class Manifest(_Strict):
     labels: tuple[str, ...] = ()
     session: Session = Session()
     engine: Engine | None = None
+    opset: int | None = None
+    """Of an ONNX file: the version of the standard operators."""
     operators: dict[str, int]
     quantized: dict[str, str] = {}
     """Node name to weight type, for what does not stay in float."""
@@ -149,14 +151,18 @@ def seal(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manife
 def describe(
     workload: Workload,
     plan: QuantizationPlan,
-    graph: ModelProto,
+    graph: ModelProto | None,
     *,
     runtime: str,
     file: str,
     name: str | None,
     base: Artifact | None,
 ) -> Manifest:
-    """The manifest of ``workload`` in the precision of ``plan``, computed as ``graph`` says, before it is proven."""
+    """The manifest of ``workload`` in the precision of ``plan``, computed as ``graph`` says, before it is proven.
+
+    Without a graph its operators are for the caller to fill in, and the one output is the answer.
+    """
+    nodes, outputs = (graph.graph.node, graph.graph.output) if graph else ((), ())
     return Manifest(
         name=name or workload.name,
         runtime=runtime,
@@ -164,9 +170,9 @@ def describe(
         precision=plan.scheme,
         files={},
         inputs=inputs_of(workload),
-        outputs=tuple(output.name for output in graph.graph.output),
+        outputs=tuple(output.name for output in outputs) or ("logits",),
         labels=workload.skeleton.labels,
-        operators=dict(sorted(Counter(node.op_type for node in graph.graph.node).items())),
+        operators=dict(sorted(Counter(node.op_type for node in nodes).items())),
         quantized=dict(plan.weights),
         params=workload.params,
         macs=workload.macs,

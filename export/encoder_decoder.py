@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -195,9 +196,8 @@ def prove(workload: Workload, run: parity.Steps, *, precision: str) -> Parity:
             with torch.no_grad():
                 return _flat([one.numpy() for one in encode(*(torch.from_numpy(array) for array in feed.values()))])
 
-        inputs = (parity.feeds(workload, sizes) for sizes in parity.corners(workload))
-        ours: parity.Run = lambda feed: _flat(run(feed))  # noqa: E731
-        return parity.check(ours, reference, inputs, precision=precision, reference_name=parity.MODULE)
+        made = partial(parity.feeds, workload)
+        return parity.prove_all(workload, lambda feed: _flat(run(feed)), reference, made, precision=precision)
     own = [name for name in cache.names(workload.example) if CROSS not in name]
 
     def steps(feed: parity.Feeds) -> NDArray[Any]:

@@ -35,6 +35,9 @@ def store(graph: onnx.ModelProto, plan: QuantizationPlan) -> None:
         if not np.isfinite(narrow.astype(np.float32)).all():
             raise InputError(f"A weight of '{module}' is beyond the range of {plan.scheme}.")
         constants[name].CopyFrom(numpy_helper.from_array(narrow, name))
+    known = [one for one in graph.graph.value_info if one.name not in stored]  # the exporter notes types of constants
+    del graph.graph.value_info[:]
+    graph.graph.value_info.extend(known)
     casts: dict[str, onnx.NodeProto] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.graph.node:

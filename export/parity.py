@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ParityError
+from ..errors import EdgepressError, ParityError
 from ..models.examples import example
 from ..models.workload import Workload
-from . import cache
+from . import axes, cache
 from .artifact import Parity
 
 ODD = {"batch": 3, "sequence": 37, "decoder_sequence": 5, "past_sequence": 5}
@@ -43,16 +44,16 @@ def corners(workload: Workload) -> list[dict[str, int]]:
 
     Of steps after a past those that are possible, and of several rows at once no more than ``MOST_TOKENS``.
     """
-    axes = {axis.name: axis for of_input in workload.input_axes.values() for axis in of_input.values()}
+    known = {axis.name: axis for of_input in workload.input_axes.values() for axis in of_input.values()}
     sizes = {
-        name: sorted({axes[name].min, min(odd, axes[name].max), axes[name].max})
+        name: sorted({known[name].min, min(odd, known[name].max), known[name].max})
         for name, odd in ODD.items()
-        if name in axes
+        if name in known
     }
     found = [dict(zip(sizes, chosen, strict=True)) for chosen in itertools.product(*sizes.values())]
-    if "past_sequence" in axes:
-        new = "decoder_sequence" if "decoder_sequence" in axes else "sequence"
-        totals, most = [one["past_sequence"] + one[new] for one in found], axes[new].max
+    if "past_sequence" in known:
+        new = "decoder_sequence" if "decoder_sequence" in known else "sequence"
+        totals, most = [one["past_sequence"] + one[new] for one in found], known[new].max
         found = [
             one
             for one, total in zip(found, totals, strict=True)
@@ -67,10 +68,10 @@ def feeds(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
     Rows repeat where there are too few.
     """
     made, arrays = inputs(workload, sizes["batch"]), {}
-    for name, axes in workload.input_axes.items():
+    for name, of_input in workload.input_axes.items():
         array = made[name].to(workload.example[name].dtype).numpy()
-        if 1 in axes:
-            array = fitted(array, sizes[axes[1].name], workload.data.calibration.pads.get(name, 0))
+        if 1 in of_input:
+            array = fitted(array, sizes[of_input[1].name], workload.data.calibration.pads.get(name, 0))
         arrays[name] = np.ascontiguousarray(array)
     return arrays
 
@@ -114,8 +115,33 @@ def prove(workload: Workload, run: Run, *, precision: str, reference: str = MODU
             result: NDArray[Any] = workload.forward({n: torch.from_numpy(array) for n, array in feed.items()}).numpy()
         return result
 
-    given = (feeds(workload, sizes) for sizes in corners(workload))
-    return check(run, module, given, precision=precision, reference_name=reference)
+    return prove_all(workload, run, module, partial(feeds, workload), precision=precision, reference=reference)
+
+
+def prove_all(
+    workload: Workload,
+    run: Run,
+    module: Run,
+    made: Callable[[Mapping[str, int]], Feeds],
+    *,
+    precision: str,
+    reference: str = MODULE,
+) -> Parity:
+    """Parity of ``run`` with ``module`` on what ``made`` gives for each corner; where one axis alone is to blame, the
+    error names it."""
+
+    def fails(sizes: Mapping[str, int]) -> bool:
+        try:
+            check(run, module, [made(sizes)], precision=precision, reference_name=reference)
+        except ParityError:
+            return True
+        return False
+
+    found = corners(workload)
+    try:
+        return check(run, module, map(made, found), precision=precision, reference_name=reference)
+    except ParityError as error:
+        raise ParityError(f"{error}{axes.blame(workload, found, fails)}") from error
 
 
 def prove_steps(workload: Workload, run: Steps, *, precision: str) -> Parity:
@@ -142,8 +168,7 @@ def prove_steps(workload: Workload, run: Steps, *, precision: str) -> Parity:
         answered: NDArray[Any] = logits[:, past:].numpy() * mask[:, past:, None]
         return answered
 
-    given = (_split(workload, sizes) for sizes in corners(workload))
-    return check(steps, module, given, precision=precision, reference_name=MODULE)
+    return prove_all(workload, steps, module, partial(_split, workload), precision=precision)
 
 
 def _split(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
@@ -174,15 +199,16 @@ def check(run: Run, reference: Run, inputs: Iterable[Feeds], *, precision: str, 
     """Compare ``run`` with ``reference`` on all ``inputs``, whose outputs are held one at a time.
 
     The scale of a difference is that of the reference's outputs over all inputs: those of one row alone may all be near
-    zero. Raises ParityError, naming the shape and both numbers, where shapes differ, an output is not finite, or the
-    difference is beyond the tolerance of ``precision``.
+    zero. Raises ParityError, naming the shape and both numbers, where one of the two does not run, shapes differ, an
+    output is not finite, or the difference is beyond the tolerance of ``precision``.
     """
     found: dict[tuple[int, ...], _Difference] = {}
     for feed in inputs:
         shape = tuple(next(iter(feed.values())).shape)
         if "past_ids" in feed:
             shape = (*shape, feed["past_ids"].shape[1])
-        found[shape] = _difference(run(feed), reference(feed), shape)
+        got = _ran(run, feed, f"the {precision} artifact", shape)
+        found[shape] = _difference(got, _ran(reference, feed, reference_name, shape), shape)
     largest = max(1e-12, *(one.largest for one in found.values()))
     total = sum(one.size for one in found.values())
     spread = max(1e-12, float(np.sqrt(sum(one.squares[1] for one in found.values()) / total)))
@@ -206,6 +232,16 @@ def check(run: Run, reference: Run, inputs: Iterable[Feeds], *, precision: str, 
         cosine=sum(one.product for one in found.values()) / max(float(np.sqrt(ours * theirs)), 1e-12),
         shapes=tuple(found),
     )
+
+
+def _ran(run: Run, feed: Feeds, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return run(feed)
+    except EdgepressError:
+        raise
+    except Exception as error:  # each runtime has errors of its own, and a module whatever its author raises
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ParityError(f"At input shape {list(shape)} {name} does not run: {why.rstrip('.')}.") from error
 
 
 def _difference(ours: NDArray[Any], theirs: NDArray[Any], shape: tuple[int, ...]) -> _Difference:

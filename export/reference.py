@@ -167,7 +167,8 @@ def _judged(
 
 @contextmanager
 def _opened(artifact: Artifact, threads: int) -> Iterator[Run]:
-    """What runs the artifact; of engines the library that builds them too, which needs PyTorch."""
+    """What runs the artifact; of engines the library that builds them too, which needs PyTorch, as does
+    ExecuTorch's own Python."""
     runtime = artifact.manifest.runtime
     if runtime == "onnx":
         with session.open_onnx(artifact, threads=threads) as opened:
@@ -175,6 +176,11 @@ def _opened(artifact: Artifact, threads: int) -> Iterator[Run]:
     elif runtime == "openvino":
         with session.open_openvino(artifact, threads=threads) as compiled:
             yield compiled.run
+    elif runtime == "executorch":
+        from .backends import executorch
+
+        with executorch.open_session(artifact, threads=threads) as method:
+            yield method.run
     else:
         from .backends.tensorrt import open_session
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UsageError
@@ -66,7 +67,13 @@ def module_and_example(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     if wrong or not example:
         raise InputError(f"{name}() gives inputs that are not tensors ({', '.join(wrong) or 'none at all'}).")
     separate_attention(module)
-    return module.eval(), example
+    try:
+        with torch.no_grad():
+            module.eval()(**example)
+    except Exception as error:  # whatever the user's own code raises
+        why = " ".join(str(error).split())
+        raise InputError(f"The module of {name}() fails on its own row with {type(error).__name__}: {why}.") from error
+    return module, example
 
 
 def _by_name(module: nn.Module, given: Any) -> dict[str, Any]:

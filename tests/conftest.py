@@ -83,6 +83,29 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, reviews_csv: Path) ->
 
 
 @pytest.fixture(scope="session")
+def sound() -> Callable[[Path], None]:
+    """Asserts that onnx's checker and its shape inference, both at their strictest, have nothing to say of a file, and
+    that what each of its operators puts out has a type and a rank.
+
+    Of ONNX Runtime's own operators (com.microsoft) they know no schema: they neither check one's attributes and inputs
+    nor infer what it puts out, of which they believe what the file notes. Those are checked as ONNX Runtime loads it.
+    """
+    import onnx
+
+    def check(path: Path) -> None:
+        onnx.checker.check_model(path, full_check=True)
+        made = onnx.load(path)
+        graph = onnx.shape_inference.infer_shapes(made, check_type=True, strict_mode=True, data_prop=True).graph
+        known = {one.name: one.type.tensor_type for one in (*graph.value_info, *graph.output)}
+        for name in (name for node in graph.node for name in node.output if name):
+            assert name in known, name
+            assert known[name].elem_type, name
+            assert known[name].HasField("shape"), name
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def workload(model_folder: Path, reviews_csv: Path) -> Any:
     """The trained BERT with its rows, loaded as a user would."""
     import edgepress as ep

@@ -178,7 +178,7 @@ def folder_of(model_folder: Path, reviews_csv: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in KINDS])
-def test_the_chain(name: str, folder_of: Any, tmp_path: Path) -> None:
+def test_the_chain(name: str, folder_of: Any, sound: Any, tmp_path: Path) -> None:
     kind = KINDS[name]
     model, rows = folder_of(kind)
     workload = ep.load(str(model), str(rows), columns=kind.columns, max_length=32)
@@ -199,6 +199,7 @@ def test_the_chain(name: str, folder_of: Any, tmp_path: Path) -> None:
         artifact = ep.export(pruned, tmp_path / "artifact")
         assert artifact.manifest.parity is not None
         assert artifact.manifest.parity.cosine > 0.9999
+        sound(artifact.model_file)
         from edgepress.export.backends.onnx import open_session
 
         judged, before = metrics.for_artifacts(pruned), metrics.for_artifacts(workload)

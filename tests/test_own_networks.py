@@ -85,7 +85,7 @@ def own(place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(("name", "rows"), [("lstm", "sequences"), ("gru", "sequences"), ("cnn", "images")])
-def test_the_chain(own: Any, name: str, rows: str, tmp_path: Path) -> None:
+def test_the_chain(own: Any, name: str, rows: str, sound: Any, tmp_path: Path) -> None:
     workload = own(name, rows)
     workload.data.check_disjoint()
     assert workload.data.metric == "accuracy"
@@ -99,6 +99,7 @@ def test_the_chain(own: Any, name: str, rows: str, tmp_path: Path) -> None:
         assert artifact.manifest.parity is not None
         assert artifact.manifest.parity.cosine > least
         assert [shape[0] for shape in artifact.manifest.parity.shapes] == [1, 3, 32]
+        sound(artifact.model_file)
     operators = integers.manifest.operators
     assert operators.get("DynamicQuantizeLSTM", 0) == (2 if name == "lstm" else 0)
     assert operators.get("GRU", 0) == (2 if name == "gru" else 0)

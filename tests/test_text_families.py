@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def test_the_chain(
     options: dict[str, Any],
     model_folder: Path,
     reviews_csv: Path,
+    sound: Callable[[Path], None],
     tmp_path: Path,
 ) -> None:
     import transformers
@@ -82,4 +84,5 @@ def test_the_chain(
     for artifact in (floats, integers):
         assert artifact.manifest.parity is not None
         assert len(artifact.manifest.parity.shapes) == 9
+        sound(artifact.model_file)
     assert integers.manifest.operators["MatMulIntegerToFloat"] >= inside

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from ...errors import UsageError
 
-BACKENDS = ("onnx", "tensorrt", "openvino")
+BACKENDS = ("onnx", "tensorrt", "openvino", "executorch")
 
 
 def get(name: str) -> ModuleType:

@@ -8,8 +8,6 @@ Source  torch.onnx.export (dynamo); onnxruntime.quantization; https://onnxruntim
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 import warnings
 from collections import Counter
@@ -21,17 +19,15 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
 
 from ...errors import InputError, ParityError, UnavailableError, UsageError
 from ...files import new_folder
-from ...models import tasks
 from ...models.dequantize import dequantized
-from ...models.workload import Workload, answer
+from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
+from .. import axes, encoder_decoder, halves, large, locate, nbits, parity, placement, reference, session, traced
 from .. import cache as caching
-from .. import encoder_decoder, halves, locate, nbits, parity, placement, reference, session
 from ..artifact import Artifact, Session
 
 FORMS: dict[str, Session] = {
@@ -42,6 +38,9 @@ FORMS: dict[str, Session] = {
 skip-LayerNorm kernel is slower than Add followed by LayerNormalization on some CPUs."""
 
 MODEL_FILE = "model.onnx"
+OPSETS = range(18, 26)
+"""Versions of the standard operators that can be asked for. The exporter has its own in 18 and converts from there;
+downwards only by a tool that loses what a node comes from, by which it is quantized."""
 QUANTIZED = ("Gather", "MatMul", "Gemm", "LSTM")
 INTEGER = ("int8", "int8-dynamic")
 REWRITERS = {"int4": nbits.rewrite, "int8-weight": nbits.rewrite, "fp16": halves.store, "bf16": halves.store}
@@ -58,15 +57,20 @@ def write(
     form: str | None = None,
     base: Artifact | None = None,
     cache: int | None = None,
+    opset: int | None = None,
 ) -> Artifact:
     """Export ``workload`` in the precision of ``plan``, prove parity with its module, and seal the folder.
 
     ``base`` is the float artifact of the same module where there is one already; its graph is used instead of
     exporting again, unless the plan changes the module's state. ``form`` is "default" for a float graph and, if none is
     given, the one in which integer products were measured to run faster for the others. With ``cache`` the graph is a
-    step of generation for so many tokens, see :mod:`..cache`. Raises ParityError, and leaves nothing behind, where the
-    file does not compute what it should.
+    step of generation for so many tokens, see :mod:`..cache`. ``opset`` is the version of the standard operators, one
+    of ``OPSETS``; left out, the exporter's own, or a later one that a scheme needs. Raises UsageError where the scheme
+    needs a later one than ``opset``, and ParityError where the file does not compute what it should; nothing is left
+    behind then.
     """
+    if opset is not None and opset not in OPSETS:
+        raise UsageError(f"Operator set {opset} cannot be written; {OPSETS[0]} to {OPSETS[-1]} can.")
     form = form or ("unfused-skip-layernorm" if plan.scheme in INTEGER else "default")
     if form not in FORMS:
         raise UsageError(f"There is no graph form '{form}' (known: {', '.join(FORMS)}).")
@@ -78,23 +82,21 @@ def write(
         raise UsageError(f"{base.folder} has other inputs than the graph that it should be made into.")
     with new_folder(folder) as place:
         path = place / MODEL_FILE
-        usable = None if plan.state else base  # the float artifact has other weights than those of the plan's state
-        graph = onnx.load(usable.model_file) if usable else export(dequantized(workload, plan))
+        usable = None if plan.state or opset else base  # which has other weights, or other operators
+        graph = onnx.load(usable.model_file) if usable else export(dequantized(workload, plan), opset)
         costs = {}
         if encoder_decoder.is_part(workload):
             plan, costs = encoder_decoder.only(plan, graph), encoder_decoder.costs(workload)
-        if plan.scheme == "fp32":
-            onnx.save(graph, path)
-        elif plan.scheme in REWRITERS:
-            REWRITERS[plan.scheme](graph, plan)
-            onnx.save(graph, path)
-        else:
-            quantize_graph(graph, plan, path)
-        final = onnx.load(path)
-        onnx.checker.check_model(final, full_check=False)
+        _save(graph, plan, path)
+        onnx.checker.check_model(path, full_check=True)  # with shape inference, in its strict mode
+        final = onnx.load(path, load_external_data=False)
+        written = _opset(final)
+        if opset not in {None, written}:
+            raise UsageError(f"{workload.name} in {plan.scheme} needs operator set {written} at least, not {opset}.")
         described = artifacts.describe(workload, plan, final, runtime="onnx", file=MODEL_FILE, name=name, base=base)
         tools = {tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")}
-        manifest = described.model_copy(update={"session": FORMS[form], "tools": tools, **costs})
+        more = {"session": FORMS[form], "tools": tools, "opset": written}
+        manifest = described.model_copy(update={**more, **costs})
         with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as opened:
             kept = reference.Recorder(opened.run)
             if encoder_decoder.is_part(workload):
@@ -105,10 +107,20 @@ def write(
                 try:
                     proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
                 except ParityError as error:
-                    raise ParityError(f"{error}{_whence(workload, plan, final, usable)}") from error
+                    raise ParityError(f"{error}{_whence(workload, plan, onnx.load(path), usable)}") from error
         kept.save(place)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
+
+
+def _save(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -> None:
+    """Write ``graph`` in the precision of ``plan``."""
+    if plan.scheme in INTEGER:
+        quantize_graph(graph, plan, path)
+        return
+    if plan.scheme != "fp32":
+        REWRITERS[plan.scheme](graph, plan)
+    large.save(graph, path)
 
 
 def _whence(workload: Workload, plan: QuantizationPlan, graph: onnx.ModelProto, base: Artifact | None) -> str:
@@ -119,7 +131,7 @@ def _whence(workload: Workload, plan: QuantizationPlan, graph: onnx.ModelProto, 
         if plan.scheme == "fp32":
             found = locate.from_module(graph, workload, feeds, limit)
         else:
-            float_graph = onnx.load(base.model_file) if base else export(dequantized(workload, plan))
+            float_graph = onnx.load(base.model_file) if base else export(dequantized(workload, plan), _opset(graph))
             found = locate.from_graph(graph, float_graph, feeds, limit)
         if found:
             return (
@@ -130,13 +142,24 @@ def _whence(workload: Workload, plan: QuantizationPlan, graph: onnx.ModelProto, 
 
 
 def export_artifact(
-    workload: Workload, folder: str | Path, plan: QuantizationPlan | None = None, *, cache: int | None = None
+    workload: Workload,
+    folder: str | Path,
+    plan: QuantizationPlan | None = None,
+    *,
+    cache: int | None = None,
+    opset: int | None = None,
 ) -> Artifact:
     """Export ``workload`` to ``folder`` as an ONNX artifact, in FP32 or in the precision of ``plan``.
 
-    With ``cache`` a causal language model takes and gives the keys and values of up to so many tokens.
+    With ``cache`` a causal language model takes and gives the keys and values of up to so many tokens. ``opset`` is the
+    version of the standard operators that the file is written in.
     """
-    return write(workload, plan or QuantizationPlan("fp32"), Path(folder), cache=cache)
+    return write(workload, plan or QuantizationPlan("fp32"), Path(folder), cache=cache, opset=opset)
+
+
+def _opset(graph: onnx.ModelProto) -> int:
+    version: int = next(one.version for one in graph.opset_import if not one.domain)
+    return version
 
 
 def in_form(artifact: Artifact, form: str) -> Artifact:
@@ -144,25 +167,20 @@ def in_form(artifact: Artifact, form: str) -> Artifact:
     return Artifact(artifact.folder, artifact.manifest.model_copy(update={"session": FORMS[form]}))
 
 
-def export(workload: Workload) -> onnx.ModelProto:
+def export(workload: Workload, opset: int | None = None) -> onnx.ModelProto:
     """The float graph of a workload's module: one node per operator, named after the module it comes from.
 
-    Raises UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token.
+    ``opset`` is the version of the standard operators, the exporter's own where nothing is said. Raises
+    UnavailableError where the module cannot be traced, has two answers, or reads its answer at a token, and where a
+    declared axis would not be free.
     """
-    if workload.task is tasks.RETRIEVAL:
-        raise UnavailableError(f"{workload.name} has two towers, which are two graphs: the command export writes both.")
-    pair = workload.skeleton.config.get("is_encoder_decoder") and "input_ids" in workload.example
-    if pair and workload.task in {tasks.CLASSIFICATION, tasks.REGRESSION}:
-        raise UnavailableError(f"{workload.name} looks for its text's end; its export is not available yet.")
-    module: Any = _exportable(workload)
-    inputs, axes, dims = _traced(workload), workload.input_axes, {}
-    outputs: tuple[str, ...] = ("logits", *caching.outputs(axes))
+    module: Any = traced.module(workload)
+    inputs, declared = traced.inputs(workload), workload.input_axes
+    outputs: tuple[str, ...] = ("logits", *caching.outputs(declared))
     if encoder_decoder.is_part(workload):
         outputs = encoder_decoder.outputs(workload)
     steps = outputs != ("logits",)
-    for axis in (axis for of_input in axes.values() for axis in of_input.values()):
-        dims[axis.name] = caching.dim(axis) if steps else torch.export.Dim(axis.name, min=axis.min, max=axis.max)
-    shapes = tuple({place: dims[axis.name] for place, axis in of_input.items()} for of_input in axes.values())
+    shapes = traced.sizes(workload, bounded=not steps)
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
@@ -175,73 +193,20 @@ def export(workload: Workload) -> onnx.ModelProto:
                 inputs,
                 dynamo=True,
                 dynamic_shapes={"inputs": shapes},
-                input_names=list(axes),
+                input_names=list(declared),
                 output_names=list(outputs),
+                opset_version=opset,
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UnavailableError(f"{workload.name} cannot be exported to ONNX: {why}") from error
+        raise traced.refusal(workload, error.__cause__ or error, "ONNX") from error
     assert program is not None
+    axes.check(workload, program)
     model = program.model_proto
+    if opset not in {None, _opset(model)}:  # the exporter keeps what it cannot convert
+        raise UnavailableError(f"{workload.name} cannot be written in operator set {opset}, only in {_opset(model)}.")
     _name_nodes(model)
     return model
-
-
-def _traced(workload: Workload) -> tuple[Tensor, ...]:
-    """Two rows of the inputs that the graph is traced with, short where their length is free; a tensor each.
-
-    A size that is traced as 1 is taken for one that never changes, so there are two rows; and lengths that are alike
-    for one that is the same, so they differ.
-    """
-    lengths = {"sequence": 16, "decoder_sequence": 7}
-    made = []
-    for name, axes in workload.input_axes.items():
-        tensor = workload.example[name]
-        if 1 in axes:
-            tensor = tensor[:, : lengths.get(axes[1].name)]
-        made.append(torch.cat([tensor, tensor]).clone())
-    return tuple(made)
-
-
-class _Answer(nn.Module):
-    """A model as a function of tensors in the order of ``names``, returning its answer alone."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, tuple(names)
-        cached = "use_cache" in inspect.signature(model.forward).parameters
-        self.options = {"use_cache": False} if cached else {}
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return answer(self.model(**dict(zip(self.names, inputs, strict=True)), **self.options))
-
-
-def _exportable(workload: Workload) -> nn.Module:
-    """A copy of the module in the shape that gives the leanest graph.
-
-    Eager attention exports to two products and a softmax, which runtimes recognise. The padding mask is handed to the
-    encoder as the additive bias [batch, 1, 1, sequence] that it becomes anyway; left to the library, a dozen index
-    operators build it anew in every run.
-    """
-    module = copy.deepcopy(workload.module)
-    for child in module.modules():
-        if hasattr(child, "set_attn_implementation"):
-            child.set_attn_implementation("eager")  # type: ignore[operator]
-    if encoder_decoder.is_part(workload):
-        return encoder_decoder.of_part(workload, module).eval()
-    if caching.names(workload.example):
-        return caching.Step(module).eval()
-    if workload.structure.family != "bert":
-        return _Answer(module, tuple(workload.input_axes)).eval()
-    encoder = module.get_submodule(workload.structure.stacks[0].path.removesuffix("encoder.layer").removesuffix("."))
-
-    def additive_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        mask = kwargs["attention_mask"][:, None, None, :].to(torch.float32)
-        return args, {**kwargs, "attention_mask": (1.0 - mask) * torch.finfo(torch.float32).min}
-
-    encoder.register_forward_pre_hook(additive_mask, with_kwargs=True)
-    return _Answer(module, tuple(workload.input_axes)).eval()
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
@@ -280,7 +245,7 @@ def quantize_graph(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -
     if recurrent:
         _quantize_recurrent(placed, recurrent, path)
         placed = onnx.load(path)
-    onnx.save(placed, path)
+    large.save(placed, path)
     left = [node.name for node in placed.graph.node if node.op_type in QUANTIZED[1:] and _planned(node, plan)]
     if left:
         raise InputError(f"The product of '{left[0]}' stays in float, which the plan quantizes.")

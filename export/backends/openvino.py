@@ -21,7 +21,7 @@ from ...models.dequantize import dequantized
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
-from .. import halves, pairs, parity, reference, session
+from .. import halves, large, pairs, parity, reference, session
 from ..artifact import Artifact, Session
 from . import onnx as onnx_backend
 
@@ -62,12 +62,13 @@ def write(
     with new_folder(folder) as place:
         float_graph = onnx.load(base.model_file) if base and not plan.state else None
         graph = written(float_graph or onnx_backend.export(dequantized(workload, plan)), plan)
-        try:
-            model = openvino.Core().read_model(graph.SerializeToString())
-        except RuntimeError as error:
-            why = session.reason(error)
-            raise UnavailableError(f"OpenVINO cannot read the graph of {workload.name}: {why}") from error
-        openvino.save_model(model, place / MODEL_FILE, compress_to_fp16=False)
+        with large.readable(graph) as source:
+            try:
+                model = openvino.Core().read_model(source)
+            except RuntimeError as error:
+                why = session.reason(error)
+                raise UnavailableError(f"OpenVINO cannot read the graph of {workload.name}: {why}") from error
+            openvino.save_model(model, place / MODEL_FILE, compress_to_fp16=False)
         described = artifacts.describe(workload, plan, graph, runtime="openvino", file=MODEL_FILE, name=name, base=base)
         tools = {tool: version(tool) for tool in ("torch", "onnx", "openvino", "transformers")}
         kinds = Counter(operator.get_type_name() for operator in model.get_ops())

@@ -133,8 +133,9 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return workload, ep.export(workload, tmp_path_factory.mktemp("pruned") / "step", cache=TOKENS)
 
 
-def test_pruned_to_layers_of_unequal_heads(pruned: tuple[Workload, Artifact]) -> None:
+def test_pruned_to_layers_of_unequal_heads(pruned: tuple[Workload, Artifact], sound: Any) -> None:
     workload, artifact = pruned
+    sound(artifact.model_file)
     heads = [artifact.manifest.inputs[f"past_key_values.{layer}.key"].shape[1] for layer in (0, 1)]
     assert heads == ([4, 3] if workload.name == "gpt2" else [2, 1])
     assert artifact.manifest.parity is not None
@@ -142,11 +143,12 @@ def test_pruned_to_layers_of_unequal_heads(pruned: tuple[Workload, Artifact]) ->
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int8-weight", "int8-dynamic", "fp16"])
-def test_in_fewer_bits(llama: Workload, exported: Artifact, tmp_path: Path, scheme: str) -> None:
+def test_in_fewer_bits(llama: Workload, exported: Artifact, sound: Any, tmp_path: Path, scheme: str) -> None:
     plan = ep.quantize(llama, scheme, **({"method": "rtn"} if scheme == "int4" else {}))
     base = None if plan.state else exported
     small = write(llama, plan, tmp_path / scheme, base=base, cache=TOKENS)
     assert small.size_bytes < 0.7 * exported.size_bytes
+    sound(small.model_file)
     assert small.manifest.outputs == exported.manifest.outputs
     assert small.manifest.parity is not None
     assert small.manifest.parity.cosine > 0.95

@@ -58,7 +58,9 @@ def written(pruned: Workload, tmp_path_factory: pytest.TempPathFactory) -> list[
     return encoder_decoder.write(pruned, TOKENS, tmp_path_factory.mktemp("parts") / "fp32", ep.export)
 
 
-def test_each_part_has_the_keys_and_values_of_the_other(pruned: Workload, written: list[Artifact]) -> None:
+def test_each_part_has_the_keys_and_values_of_the_other(pruned: Workload, written: list[Artifact], sound: Any) -> None:
+    for part in written:
+        sound(part.model_file)
     encoder, decoder = (artifact.manifest for artifact in written)
     crossed = [name for name in decoder.inputs if cache.CROSS in name]
     assert [name.replace("present", "past_key_values") for name in encoder.outputs] == crossed

@@ -143,8 +143,9 @@ def test_a_tied_table_and_head_are_in_the_file_once(decoder: Any, exported: Any,
 
 
 @pytest.mark.parametrize("word", [name.replace("_", "-") for name in METHODS if name != "fp8"])  # which is TensorRT's
-def test_every_scheme_reaches_a_file(word: str, workload: Any, tmp_path: Path) -> None:
+def test_every_scheme_reaches_a_file(word: str, workload: Any, sound: Any, tmp_path: Path) -> None:
     artifact = ep.export(workload, tmp_path / word, ep.quantize(workload, word))
     assert artifact.precision == word
+    sound(artifact.model_file)
     assert artifact.manifest.quantized
     assert artifact.manifest.parity.cosine > 0.95

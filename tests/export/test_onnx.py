@@ -12,8 +12,9 @@ import onnx
 import pytest
 import torch
 from edgepress.errors import InputError, UsageError
-from edgepress.export import backends, parity
+from edgepress.export import backends, large, parity
 from edgepress.export.artifact import open_artifact
+from edgepress.export.backends import onnx as backend
 from edgepress.export.backends.onnx import open_session, write
 from edgepress.models import surgery
 from edgepress.plan import PruningPlan, QuantizationPlan, Unit
@@ -76,6 +77,51 @@ def test_dynamic_int8(pruned: Any, exported: Any, tmp_path: Path) -> None:
         feeds = parity.feeds(pruned, {"batch": 4, "sequence": 32})
         assert {name: array.shape for name, array in feeds.items()} == dict.fromkeys(feeds, (4, 32))
         assert session.run(feeds)[0].shape == (4, 2)
+
+
+@pytest.mark.parametrize(("opset", "scheme"), [(18, "fp32"), (25, "fp32"), (25, "int8-dynamic"), (18, "int8-weight")])
+def test_the_operator_set_that_was_asked_for(pruned: Any, sound: Any, opset: int, scheme: str, tmp_path: Path) -> None:
+    assert opset in {backend.OPSETS[0], backend.OPSETS[-1]}
+    plan = None if scheme == "fp32" else ep.quantize(pruned, scheme)
+    artifact = open_artifact(ep.export(pruned, tmp_path / "x", plan, opset=opset).folder)
+    assert artifact.manifest.opset == opset
+    assert {one.version for one in onnx.load(artifact.model_file).opset_import if not one.domain} == {opset}
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.cosine > (0.9999 if scheme == "fp32" else 0.95)
+    sound(artifact.model_file)
+
+
+def test_operator_sets_that_cannot_be_written(pruned: Any, exported: Any, here: Any, tmp_path: Path) -> None:
+    assert exported.manifest.opset in backend.OPSETS
+    for opset in (17, 26):
+        with pytest.raises(UsageError, match=f"Operator set {opset} cannot be written; 18 to 25 can"):
+            ep.export(pruned, tmp_path / "x", opset=opset)
+    with pytest.raises(UsageError, match="in int8-dynamic needs operator set 23 at least, not 20"):
+        ep.export(pruned, tmp_path / "x", ep.quantize(pruned, "int8-dynamic"), opset=20)
+    assert not list(tmp_path.iterdir())
+    elsewhere = here("export", "zoo:cnn-mnist", "--to", "openvino", "--opset", "20", "-o", tmp_path / "x")
+    assert elsewhere.returncode == 2
+    assert "--opset is of --to onnx, not of --to openvino" in elsewhere.stderr
+
+
+def test_large_weights_lie_beside_the_graph(
+    pruned: Any, sound: Any, here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large, "LARGEST", 50_000)
+    plan = ep.quantize(pruned, "int8-dynamic")
+    base = ep.export(pruned, tmp_path / "fp32")
+    for artifact in (base, write(pruned, plan, tmp_path / "int8-dynamic", base=base)):
+        assert {"model.onnx", "model.data"} <= set(artifact.manifest.files)
+        sizes = [(artifact.folder / name).stat().st_size for name in ("model.onnx", "model.data")]
+        assert artifact.size_bytes == sum(sizes)
+        assert sizes[1] > 2 * sizes[0]
+        sound(artifact.model_file)
+        assert here("export", "--verify", artifact.folder).returncode == 0
+    data = bytearray((base.folder / "model.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (base.folder / "model.data").write_bytes(bytes(data))
+    with pytest.raises(InputError, match=r"model\.data is damaged"):
+        open_artifact(base.folder)
 
 
 def test_a_file_that_computes_something_else_is_refused_and_leaves_nothing(

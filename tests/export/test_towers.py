@@ -70,7 +70,9 @@ def test_each_embeds_as_its_tower_does_in_the_pair(pair: Workload, written: dict
         np.testing.assert_allclose(found, embeds.numpy(), atol=1e-5 if exact else 0.1)
 
 
-def test_a_tower_is_no_larger_than_its_half(pair: Workload, written: dict[str, Any]) -> None:
+def test_a_tower_is_no_larger_than_its_half(pair: Workload, written: dict[str, Any], sound: Any) -> None:
+    for tower in written.values():
+        sound(tower.model_file)
     manifests = [artifact.manifest for artifact in written.values()]
     alone = sum(tensor.numel() for name, tensor in pair.module.named_parameters() if name.startswith("logit_"))
     assert sum(manifest.params for manifest in manifests) + alone == pair.params
