@@ -26,13 +26,13 @@ x Q 1 / H = x 1 / H, that of x, and (x - m 1ᵀ) Q = x Q - m 1ᵀ. SliceGPT fold
 the norm another one; with such a Q it may stay where it is. It is A diag(1, s) Aᵀ, s random signs and A orthogonal with
 its first column constant, a Hadamard matrix too.
 
-A norm that is not the readers' alone (BERT's, whose output is the stream) and a network with anything else at the stream
-is refused, and so is a table that is also the output layer where the last norm's g is not constant: the table would be
-E Q and the layer E diag(g) Q, two matrices where there was one. With ``untie`` they are two. Which layers read and write
-is what the structure says; that the answer to the example stays the same is tried.
+A norm that is not the readers' alone (BERT's, whose output is the stream), a reader without a bias to take a norm's
+and anything else at the stream are refused, and so is a table that is also the output layer where the last norm's g is
+not constant: the table would be E Q and the layer E diag(g) Q, two matrices where there was one. With ``untie`` they
+are two. Which layers read and write is what the structure says; that the answer to the example stays is tried.
 
-Hadamard matrices [n, n] are known here for n = 2^k, and for n = 2^k (p + 1) with a prime p = 3 mod 4 (Paley 1933): all of
-the usual widths. Of any other n = 2^k m it is the Kronecker product of one of 2^k with a random orthogonal one of m.
+Hadamard matrices [n, n] are known here for n = 2^k, and for n = 2^k (p + 1) with a prime p = 3 mod 4 (Paley 1933): all
+of the usual widths. Of any other n = 2^k m it is the Kronecker product of one of 2^k with a random orthogonal one of m.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ class Rotation:
     notes: tuple[str, ...]
 
 
-def rotation(workload: Workload, *, untie: bool = False, seed: int = 0) -> Rotation:
-    """The rotation of ``workload`` wherever it is free: of the values of all attentions, and of the residual stream.
+def rotation(workload: Workload, *, stream: bool = True, untie: bool = False, seed: int = 0) -> Rotation:
+    """The rotation of ``workload`` wherever it is free: of the values of all attentions and, with ``stream``, of the
+    residual stream.
 
     With ``untie`` a table that is also the output layer may become two. ``seed`` draws signs and orthogonal matrices.
-    Raises UnavailableError, with both reasons, where neither can be turned.
+    Raises UnavailableError, with the reasons, where none of it can be turned.
     """
     random = torch.Generator().manual_seed(seed)
     state: State = {}
@@ -80,7 +81,7 @@ def rotation(workload: Workload, *, untie: bool = False, seed: int = 0) -> Rotat
         ("values", lambda tried: _turn_values(workload, tried, random)),
         ("residual stream", lambda tried: _turn_stream(workload, tried, random, untie=untie)),
     )
-    for what, turn in turns:
+    for what, turn in turns if stream else turns[:1]:
         tried = dict(state)
         try:
             turn(tried)
@@ -195,8 +196,7 @@ def _turn_stream(workload: Workload, state: State, random: torch.Generator, *, u
             _turn_writer(workload, state, cut, turn)
     readers = [cut for cut in site.cuts if cut.side == "in"]
     for cut, name in zip(readers, _norms_read(workload, readers, norms), strict=True):
-        scale, bias = _affine(norms[name])
-        _turn_reader(workload, state, cut, scale, bias, turn)
+        _turn_reader(workload, state, cut, norms[name], turn)
     for name, norm in norms.items():
         state[f"{name}.weight"] = torch.full_like(norm.get_parameter("weight"), _neutral(norm), dtype=torch.float64)
         if getattr(norm, "bias", None) is not None:
@@ -248,7 +248,8 @@ def _turn_writer(workload: Workload, state: State, cut: Cut, turn: Tensor) -> No
         _change(workload, state, cut.layer, rows=list(range(len(turn))), turn=turn)
 
 
-def _turn_reader(workload: Workload, state: State, cut: Cut, scale: Tensor, bias: Tensor, turn: Tensor) -> None:
+def _turn_reader(workload: Workload, state: State, cut: Cut, norm: nn.Module, turn: Tensor) -> None:
+    scale, bias = _affine(norm)
     layer, size = workload.module.get_submodule(cut.layer), len(turn)
     if window(layer) != 1:
         raise UnavailableError(f"'{cut.layer}' reads it in windows")
@@ -302,4 +303,6 @@ def _prove(workload: Workload, state: State) -> None:
             found = workload.forward(workload.example)
     error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
     if not error < TOLERANCE:
-        raise UnavailableError(f"it changes the answers, by {error:.2g} of the largest; at most {TOLERANCE:g} is allowed")
+        raise UnavailableError(
+            f"it changes the answers, by {error:.2g} of the largest; at most {TOLERANCE:g} is allowed"
+        )
