@@ -856,7 +856,9 @@ def export(
     to: Annotated[str, typer.Option("--to", help="onnx, openvino or tensorrt.")] = "onnx",
     scheme: Annotated[
         str,
-        typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8, for onnx all of quantize."),
+        typer.Option(
+            "--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8, for onnx and openvino all of quantize."
+        ),
     ] = "fp32",
     cache: Annotated[
         int | None,

@@ -177,6 +177,19 @@ def test_a_file_that_is_not_proven_keeps_in_float_what_it_must(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_rotated_values(here: Any, model_folder: Path, few: Path, tmp_path: Path) -> None:
+    args = ("quantize", model_folder, "--data", few, *COLUMNS, "--json")
+    plain, turned = here(*args, "-o", tmp_path / "plain"), here(*args, "--rotate", "-o", tmp_path / "turned")
+    assert "residual stream" not in plain.stderr
+    assert "The residual stream of model cannot be rotated" in turned.stderr.replace("tiny-bert", "model")
+    first, second = (open_artifact(tmp_path / name).manifest for name in ("plain", "turned"))
+    assert first.files["model.onnx"] != second.files["model.onnx"]
+    assert first.quantized == second.quantized
+    assert second.parity is not None
+    assert second.parity.cosine > 0.99
+    refused(here("quantize", "any.onnx", "--rotate"), "takes --data with an .npz file")
+
+
 def test_within_a_drop_too(here: Any, ruined: Path, few: Path, tmp_path: Path) -> None:
     limits = ("--max-drop", "5%", "--target", "cpu:1", "--seq", 32)
     done = here("quantize", ruined, "--data", few, *COLUMNS, *limits, "-o", tmp_path / "out", "--json")
@@ -189,11 +202,12 @@ def test_within_a_drop_too(here: Any, ruined: Path, few: Path, tmp_path: Path) -
 def test_compress_goes_on_with_a_mix(here: Any, ruined: Path, few: Path, small_recipe: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     lines = [line for line in small_recipe.read_text().splitlines() if not line.startswith(("le", "li", "quantize"))]
-    more = "quantize: {scheme: int8-dynamic}"
+    more = "quantize: {scheme: int8-dynamic, rotate: true}"
     recipe.write_text("\n".join([*lines, "levels: []", "metric: kl", "limits: {max_drop: 0.05}", more]))
     done = here("compress", ruined, "--data", few, *UNLABELLED, "--recipe", recipe, "-o", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert "residual stream" in done.stderr  # of a BERT the values alone are rotated
     refusals = {entry["stage"]: entry for entry in found["refused"]}
     assert "the int8-dynamic artifact is" in refusals["int8-dynamic"]["reason"]
     assert refusals["int8-dynamic"]["drop"] is None

@@ -1,4 +1,4 @@
-"""Post-training quantization: edgepress, ONNX Runtime's tools, NNCF on OpenVINO, and torchao, on one machine in one run.
+"""Post-training quantization: edgepress, ONNX Runtime's tools, NNCF on OpenVINO, and torchao, on one machine.
 
     python benchmarks/peers/quantization.py [--model zoo:minilm-reviews] [--shapes 1x32,1x128,8x32,8x128]
         [--threads 1,2] [--also NAME=FOLDER] [-o result.json]        with nncf, openvino and, if any, torchao installed
