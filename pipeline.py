@@ -213,20 +213,14 @@ class _Run:
     def _plan(self, workload: Workload, scheme: str) -> QuantizationPlan:
         return quantizers.quantize(workload, scheme, rotate=self._rotates, say=self.show.say)
 
-    def _proven(
-        self,
-        name: str,
-        title: str,
-        workload: Workload,
-        scheme: str,
-        base: Variant,
-    ) -> Variant | Broken:
+    def _proven(self, name: str, title: str, workload: Workload, scheme: str, base: Variant) -> Variant | Broken:
         """The artifact in a scheme; one that computes something else is refused here, and the run goes on."""
         try:
             return self._artifact(name, title, workload, scheme, {}, base)
         except ParityError as error:
             self._refuse(name, title, str(error))
-            return Broken(self.stages.key(name, {"base": base.key, "title": title}), scheme, title, error)
+            facts = {"base": base.key, "title": title, "rotate": self._rotates}
+            return Broken(self.stages.key(name, facts), scheme, title, error)
 
     def _refuse(self, stage: str, variant: str, reason: str, speedup: Any = None) -> None:
         """Refuse what there is no file to measure of."""
@@ -372,14 +366,13 @@ class _Run:
             return found.workload, found.plan
 
         title = f"{whole.title}, distilled"
+        variant = None
         try:
             variant = self._artifact(name, title, workload, scheme, facts, None, train)
         except ParityError as error:
             self._refuse(name, title, str(error))
-            return None
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        return variant if self.judge(name, base, variant) else None
+        shutil.rmtree(unfinished, ignore_errors=True)  # a run that is killed goes on from it
+        return variant if variant and self.judge(name, base, variant) else None
 
     def _too_coarse(self, whole: Variant | Broken) -> bool:
         """Whether ``whole`` was refused for its quality alone, or for its answers."""

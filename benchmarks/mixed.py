@@ -47,6 +47,7 @@ LEAST = 0.1
 
 
 FAILED = Quality("parity", 0.0, 0.0, 0.0, 0, drop=float("inf"))
+"""Of a file that does not compute what it should: more than any drop that may be allowed."""
 
 
 class Judged(Protocol):
