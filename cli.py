@@ -702,6 +702,9 @@ def quantize(
     steps: Annotated[
         int, typer.Option("--steps", help="Steps of distillation with rounding in the loop, of int8 schemes.", min=0)
     ] = 0,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Mix channels first, by Hadamard matrices that the weights hold.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Artifact folder to write; of an .onnx file another one.")
     ] = None,
@@ -711,7 +714,7 @@ def quantize(
 ) -> None:
     """Write an ONNX artifact with weights in fewer bits, or of an .onnx file from anywhere another one."""
     if model.endswith(".onnx"):
-        if max_drop or target or metric or columns or steps:
+        if max_drop or target or metric or columns or steps or rotate:
             raise UsageError("An .onnx file takes --data with an .npz file of its inputs, --scheme and -o alone.")
         _write_file(Path(model), data, scheme, out or Path(f"{Path(model).stem}-{scheme}.onnx"), as_json=json_)
         return
@@ -725,6 +728,7 @@ def quantize(
             out,
             max_drop,
             (target or "cpu", batch, seq),
+            rotate=rotate,
             as_json=json_,
             seed=seed,
             trust_remote_code=trust_remote_code,
@@ -741,6 +745,7 @@ def quantize(
         scheme,
         out,
         steps=steps,
+        rotate=rotate,
         as_json=json_,
         seed=seed,
         trust_remote_code=trust_remote_code,
@@ -781,6 +786,7 @@ def _write_mixed(
     max_drop: str,
     where: tuple[str, int, int | None],
     *,
+    rotate: bool,
     as_json: bool,
     seed: int,
     trust_remote_code: bool,
@@ -820,13 +826,15 @@ def _write_mixed(
             target=target,
             batch=batch,
             sequence=seq or min(128, workload.max_length or 128),
+            rotate=rotate,
             seed=seed,
             say=screen.say,
             progress=screen.progress("quantize"),
         )
+        chosen, in_float = found.found.best.artifact, found.found.in_float
         with new_folder(out) as place:
-            shutil.copytree(found.best.artifact.folder, place, dirs_exist_ok=True)
-            seal(place, found.best.artifact.manifest.model_copy(update={"name": out.name}), {})
+            shutil.copytree(chosen.folder, place, dirs_exist_ok=True)
+            seal(place, chosen.manifest.model_copy(update={"name": out.name}), {})
     rows = comparing.rows(found.measured)
     first, best = found.measured[0], found.measured[-1]
     assert first.quality and best.quality
@@ -835,7 +843,7 @@ def _write_mixed(
         Standing(best.name, best.quality, best.size_bytes, comparing.speedup(first, best)),
         Constraint(max_drop=allowed),
     )
-    parity = found.best.artifact.manifest.parity
+    parity = chosen.manifest.parity
     assert parity is not None
     if as_json:
         document = {"artifact": str(out), "precision": scheme, "parity": parity.model_dump(mode="json")}
@@ -843,10 +851,11 @@ def _write_mixed(
     else:
         _table(rows[0], rows[1:], rows[-1]["name"] if kept else None)
         print(f"artifact   {out} ({best.size_bytes / 1e6:.1f} MB, {scheme})")
-        print(f"in float   {', '.join(found.in_float) or 'nothing'} ({len(found.in_float)} of {found.count} operators)")
+        print(f"in float   {', '.join(in_float) or 'nothing'} ({len(in_float)} of {found.count} operators)")
     if not kept:
-        share = f"{len(found.in_float)} of {found.count} operators"
-        raise ConstraintError(f"No mix of {scheme} and float pays: with {share} in float it {reason}.")
+        share = f"{len(in_float)} of {found.count} operators"
+        tried = f"operators left in float: {found.found.tried}"
+        raise ConstraintError(f"No mix of {scheme} and float pays: with {share} in float it {reason}; {tried}.")
 
 
 @app.command()
@@ -858,7 +867,9 @@ def export(
     to: Annotated[str, typer.Option("--to", help="onnx, openvino, tensorrt or executorch.")] = "onnx",
     scheme: Annotated[
         str,
-        typer.Option("--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8, for onnx all of quantize."),
+        typer.Option(
+            "--scheme", help="fp32, fp16, bf16 or int8; for tensorrt also fp8, for onnx and openvino all of quantize."
+        ),
     ] = "fp32",
     cache: Annotated[
         int | None,
@@ -922,10 +933,12 @@ def _write_artifact(
     seed: int,
     trust_remote_code: bool,
     steps: int = 0,
+    rotate: bool = False,
     options: dict[str, Any] | None = None,
 ) -> None:
     from dataclasses import asdict
 
+    from .benchmarks import mixed
     from .compress import quantize as quantizers
     from .compress.quantize.distilled import distilled
     from .export import backends, encoder_decoder, towers
@@ -942,7 +955,9 @@ def _write_artifact(
         more = dict(options or {})
 
         def write(part: Workload, folder: Path) -> Artifact:
-            plan = QuantizationPlan("fp32") if scheme == "fp32" else quantizers.quantize(part, scheme)
+            plan = QuantizationPlan("fp32")
+            if scheme != "fp32":
+                plan = quantizers.quantize(part, scheme, rotate=rotate, say=screen.say)
             if steps and folder != out:
                 raise UnavailableError(f"{workload.name} is exported in parts; --steps trains whole models alone.")
             if steps:
@@ -950,9 +965,11 @@ def _write_artifact(
                 found = distilled(part, plan, steps=steps, checkpoint=state, seed=seed, progress=train)
                 part, plan = found.workload, found.plan
             name = out.name if folder == out else f"{out.name}-{folder.name}"
-            written: Artifact = runtime.write(part, plan, folder, name=name, **more)
-            if steps:
-                state.unlink(missing_ok=True)
+            by = partial(runtime.write, part, folder=folder, name=name, **more)
+            if not steps:
+                return mixed.proven(part, plan, by, rotate=rotate, seed=seed, say=screen.say, progress=step)
+            written: Artifact = by(plan)
+            state.unlink(missing_ok=True)
             return written
 
         if workload.task is tasks.RETRIEVAL:

@@ -30,7 +30,7 @@ from .compress.prune.reconstruct import reconstruct
 from .compress.quantize import sensitivity
 from .compress.quantize.distilled import distilled
 from .compress.recover import recover
-from .errors import InputError, UnavailableError, UsageError
+from .errors import InputError, ParityError, UnavailableError, UsageError
 from .export import artifact as artifacts
 from .export import backends
 from .export.artifact import Artifact
@@ -82,6 +82,16 @@ class Pruned:
 
 
 @dataclass(frozen=True)
+class Broken:
+    """A scheme whose file does not compute what it should with all operators quantized."""
+
+    key: str
+    scheme: str
+    title: str
+    error: ParityError
+
+
+@dataclass(frozen=True)
 class Variant:
     """An artifact with its quality; ``key`` addresses the stage that made it."""
 
@@ -90,6 +100,10 @@ class Variant:
     quality: Quality
     title: str
     pruned: Pruned | None = None
+
+    @property
+    def scheme(self) -> str:
+        return self.artifact.precision
 
 
 def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Display | None = None) -> Outcome:
@@ -172,7 +186,7 @@ class _Run:
                 source, plan = planned(progress)
             else:
                 source = workload
-                plan = quantizers.quantize(workload, scheme) if scheme != "fp32" else QuantizationPlan("fp32")
+                plan = self._plan(workload, scheme) if scheme != "fp32" else QuantizationPlan("fp32")
             progress(0, 0, "exporting")
             usable = base and base.artifact.precision == "fp32" and base.artifact.manifest.runtime == "onnx"
             float_graph = base.artifact if base and usable and scheme != "fp32" else None
@@ -189,10 +203,33 @@ class _Run:
             return {"quality": asdict(judged)}
 
         facts = {**depends, "scheme": scheme, "title": title, "base": base.key if base else None}
+        if scheme != "fp32" and self._rotates:
+            facts["rotate"] = True
         key, folder, result = self.stages.run(name, facts, make)
         if name == "baseline":
             self._baseline_folder = folder
         return Variant(key, artifacts.open_artifact(folder / "artifact"), Quality(**result["quality"]), title)
+
+    @property
+    def _rotates(self) -> bool:
+        return bool(self.recipe.quantize and self.recipe.quantize.rotate)
+
+    def _plan(self, workload: Workload, scheme: str) -> QuantizationPlan:
+        return quantizers.quantize(workload, scheme, rotate=self._rotates, say=self.show.say)
+
+    def _proven(self, name: str, title: str, workload: Workload, scheme: str, base: Variant) -> Variant | Broken:
+        """The artifact in a scheme; one that computes something else is refused here, and the run goes on."""
+        try:
+            return self._artifact(name, title, workload, scheme, {}, base)
+        except ParityError as error:
+            self._refuse(name, title, str(error))
+            facts = {"base": base.key, "title": title, "rotate": self._rotates}
+            return Broken(self.stages.key(name, facts), scheme, title, error)
+
+    def _refuse(self, stage: str, variant: str, reason: str, speedup: Any = None) -> None:
+        """Refuse what there is no file to measure of."""
+        self.refused.append({"stage": stage, "variant": variant, "reason": reason, "drop": None, "speedup": speedup})
+        self.show.say(f"{variant}: refused, {reason}")
 
     def _fastest_form(self, written: Artifact, progress: Progress) -> Artifact:
         forms = list(onnx.FORMS.values())
@@ -248,13 +285,12 @@ class _Run:
         original = self.baseline()
         _check_sane(original.quality, self.workload)
         variants = [original]
-        wholes = [self._artifact(name, f"{name} only", self.workload, name, {}, original) for name in self.schemes]
-        whole = self._fastest(
-            [variant for variant in wholes if self.judge(variant.artifact.precision, original, variant)]
-        )
+        wholes = [self._proven(name, f"{name} only", self.workload, name, original) for name in self.schemes]
+        made = [variant for variant in wholes if isinstance(variant, Variant)]
+        whole = self._fastest([variant for variant in made if self.judge(variant.scheme, original, variant)])
         if wholes and not whole:
-            best = min(wholes, key=lambda variant: variant.quality.drop or 0.0)
-            whole = self._mended(best.artifact.precision, best, self.workload, original)
+            best = min(made, key=lambda variant: variant.quality.drop or 0.0) if made else wholes[0]
+            whole = self._mended(best.scheme, best, self.workload, original)
         if whole:
             variants.append(whole)
             self.precision = whole.artifact.precision
@@ -304,16 +340,17 @@ class _Run:
 
     def _quantized(self, name: str, scheme: str, title: str, workload: Workload, base: Variant) -> Variant | None:
         """``base``, which is in float, in a scheme; None where the gate refuses it."""
-        variant = self._artifact(name, title, workload, scheme, {}, base)
-        return variant if self.judge(name, base, variant) else self._mended(name, variant, workload, base)
+        whole = self._proven(name, title, workload, scheme, base)
+        kept = isinstance(whole, Variant) and self.judge(name, base, whole)
+        return whole if isinstance(whole, Variant) and kept else self._mended(name, whole, workload, base)
 
-    def _mended(self, name: str, whole: Variant, workload: Workload, base: Variant) -> Variant | None:
+    def _mended(self, name: str, whole: Variant | Broken, workload: Workload, base: Variant) -> Variant | None:
         """``whole``, which is refused, trained with rounding in the loop, else with some operators in float."""
         return self._distilled(name, whole, workload, base) or self._mixed(name, whole, workload, base)
 
-    def _distilled(self, name: str, whole: Variant, workload: Workload, base: Variant) -> Variant | None:
+    def _distilled(self, name: str, whole: Variant | Broken, workload: Workload, base: Variant) -> Variant | None:
         """None where the gate refuses that too, or the recipe or the scheme knows no such thing."""
-        scheme, options = whole.artifact.precision, self.recipe.quantize
+        scheme, options = whole.scheme, self.recipe.quantize
         if not (options and options.steps and scheme in sensitivity.SCHEMES and self._too_coarse(whole)):
             return None
         facts = {"whole": whole.key, "steps": options.steps}
@@ -323,7 +360,7 @@ class _Run:
         def train(progress: Progress) -> tuple[Workload, QuantizationPlan]:
             found = distilled(
                 workload,
-                quantizers.quantize(workload, scheme),
+                self._plan(workload, scheme),
                 original=self.workload,
                 steps=options.steps,
                 checkpoint=state,
@@ -333,19 +370,25 @@ class _Run:
             return found.workload, found.plan
 
         title = f"{whole.title}, distilled"
-        variant = self._artifact(name, title, workload, scheme, facts, None, train)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        return variant if self.judge(name, base, variant) else None
+        variant = None
+        try:
+            variant = self._artifact(name, title, workload, scheme, facts, None, train)
+        except ParityError as error:
+            self._refuse(name, title, str(error))
+        shutil.rmtree(unfinished, ignore_errors=True)  # a run that is killed goes on from it
+        return variant if variant and self.judge(name, base, variant) else None
 
-    def _too_coarse(self, whole: Variant) -> bool:
-        """Whether ``whole`` was refused for its quality alone."""
+    def _too_coarse(self, whole: Variant | Broken) -> bool:
+        """Whether ``whole`` was refused for its quality alone, or for its answers."""
+        if isinstance(whole, Broken):
+            return True
         entry = next(one for one in reversed(self.refused) if one["variant"] == whole.title)
         return (whole.quality.drop or 0.0) > self.constraint.max_drop and entry["speedup"]["verdict"] == "faster"
 
-    def _mixed(self, name: str, whole: Variant, workload: Workload, base: Variant) -> Variant | None:
+    def _mixed(self, name: str, whole: Variant | Broken, workload: Workload, base: Variant) -> Variant | None:
         """``whole``, which is refused, with the fewest operators in float that keep within the drop; None where the
         gate refuses that too, or the recipe or the scheme knows no such thing. Every number tried is a stage."""
-        scheme, allowed = whole.artifact.precision, self.constraint.max_drop
+        scheme, allowed = whole.scheme, self.constraint.max_drop
         options = self.recipe.quantize
         if not (options and options.mixed) or scheme not in sensitivity.SCHEMES or self.backend is not onnx:
             return None  # what an operator in float costs is measured in ONNX Runtime alone
@@ -356,43 +399,51 @@ class _Run:
             "batch": self.recipe.measure.batch,
             "sequence": self.recipe.measure.sequence,
         }
-        rounding = cache(lambda: sensitivity.uncorrected(workload, scheme))
+        rounding = cache(lambda: sensitivity.uncorrected(workload, scheme, rotate=self._rotates))
 
-        def weigh(_: Path, progress: Progress) -> dict[str, Any]:
+        def measured(_: Path, progress: Progress) -> dict[str, Any]:
             seed = self.recipe.seed
             found = mixed.costs(workload, rounding(), base.artifact, **where, seed=seed, progress=progress)
             return found.to_json()
 
-        try:
-            _, _, result = self.stages.run(
-                f"sensitivity-{name}", {**where, "whole": whole.key, "base": base.key}, weigh
-            )
-        except UnavailableError as error:
-            self.show.say(str(error))
-            return None
-        costs = mixed.Costs.from_json(result)
-        order = costs.order()
+        def weigh() -> mixed.Costs:
+            facts = {**where, "whole": whole.key, "base": base.key}
+            _, _, result = self.stages.run(f"sensitivity-{name}", facts, measured)
+            return mixed.Costs.from_json(result)
 
         def attempt(in_float: tuple[str, ...]) -> Variant:
-            title = f"{whole.title}, {len(in_float)} of {len(order)} in float"
-            facts = {"whole": whole.key, "in_float": in_float}
+            if not in_float:
+                if isinstance(whole, Broken):
+                    raise whole.error
+                return whole
+            title = f"{whole.title}, {len(in_float)} in float"
             made = self._artifact(
                 f"mixed-{name}-{len(in_float)}",
                 title,
                 workload,
                 scheme,
-                facts,
+                {"whole": whole.key, "in_float": in_float},
                 base,
                 lambda _: (workload, sensitivity.corrected(workload, rounding(), in_float)),
             )
             self.show.say(f"{title}: {told(made.quality.metric, made.quality.drop or 0.0)}")
             return made
 
-        in_float, best = mixed.fewest(order, attempt, whole, allowed)
-        if not self.judge(f"mixed-{name}", base, best):
+        try:
+            found = mixed.search(attempt, weigh, allowed)
+        except UnavailableError as error:
+            self.show.say(str(error))
             return None
-        self.mixed.append({"variant": best.title, "in_float": list(in_float), **costs.to_json()})
-        return best
+        except ParityError as error:
+            self._refuse(f"mixed-{name}", f"{whole.title}, mixed", str(error))
+            return None
+        if not self.judge(f"mixed-{name}", base, found.best):
+            entry = self.refused[-1]
+            entry["reason"] += f"; operators left in float: {found.tried}"
+            return None
+        assert found.costs is not None
+        self.mixed.append({"variant": found.best.title, "in_float": list(found.in_float), **found.costs.to_json()})
+        return found.best
 
     def _fastest(self, variants: list[Variant]) -> Variant | None:
         """The fastest of several, measured interleaved; a stage, so that a run that goes on takes the same."""
@@ -518,10 +569,7 @@ class _Run:
     def _nothing_gained(self, number: int, speed: Mapping[str, Any]) -> None:
         """Refuse a level at which nothing goes: whatever would, costs the target no time."""
         reason = f"no removal makes it {speed['wanted']:.2f}x faster, nor faster at all"
-        variant = f"pruned {number}"
-        entry = {"stage": f"prune-{number}", "variant": variant, "reason": reason}
-        self.refused.append({**entry, "drop": None, "speedup": speed["speedup"]})
-        self.show.say(f"{variant}: refused, {reason}")
+        self._refuse(f"prune-{number}", f"pruned {number}", reason, speed["speedup"])
 
     # ---- the end
 

@@ -105,6 +105,8 @@ class Quantize(_Strict):
 
     steps: int = Field(default=0, ge=0)
     """Steps of distillation with rounding in the loop, before that, of INT8 that loses too much; 0 for none."""
+    rotate: bool = False
+    """Mix channels first, by Hadamard matrices that the weights hold."""
 
     def tried(self, runtime: str) -> tuple[str, ...]:
         return SCHEMES[runtime] if self.scheme == "auto" else (self.scheme,)

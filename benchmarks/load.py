@@ -78,6 +78,7 @@ def benchmark(
                 "model": f"{host.put(artifact.folder, artifact.needed, progress)}/{artifact.manifest.model_file}",
                 "disabled_optimizers": list(artifact.manifest.session.disabled_optimizers),
                 "inference_precision": artifact.manifest.session.inference_precision,
+                "dynamic_quantization": artifact.manifest.session.dynamic_quantization,
                 "feeds": f"{place}/feeds{at}.npz",
                 "inputs": list(artifact.manifest.inputs),
             }

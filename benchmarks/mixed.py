@@ -3,7 +3,8 @@ target.
 
 What    Of all operators that a scheme quantizes those that win back most for each millisecond that they take longer in
         float; the fewest of them with which the drop, judged through the written file, keeps within what is allowed.
-When    A scheme is fast enough, but loses too much: a few operators are mostly to blame.
+When    A scheme is fast enough, but loses too much, or its file computes something else: a few operators are mostly to
+        blame.
 Cost    Two forward passes of some calibration rows for each operator; a short measurement for each kind of operator;
         a file, judged on all evaluation rows, for each number that is tried: as many as the fewest has doublings, twice
         at most.
@@ -14,11 +15,12 @@ Source  One-at-a-time sensitivity as in HAWQ (arXiv 1903.03696); its choice by l
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import onnx as onnx_files
@@ -26,10 +28,11 @@ from torch import nn
 
 from ..compress.quantize import sensitivity
 from ..compress.quantize.sensitivity import Sensitivity
-from ..errors import InputError
+from ..errors import InputError, ParityError
 from ..export.artifact import Artifact
 from ..export.backends import onnx
 from ..models import metrics
+from ..models.measures import told
 from ..models.metrics import Quality
 from ..models.workload import Progress, Workload
 from ..plan import QuantizationPlan
@@ -43,9 +46,13 @@ LEAST = 0.1
 """The least that an operator is believed to cost, as a share of the mean: less is noise."""
 
 
+FAILED = Quality("parity", 0.0, 0.0, 0.0, 0, drop=float("inf"))
+"""Of a file that does not compute what it should: more than any drop that may be allowed."""
+
+
 class Judged(Protocol):
     @property
-    def quality(self) -> Quality: ...
+    def quality(self) -> Quality | None: ...
 
 
 Trial = TypeVar("Trial", bound=Judged)
@@ -57,10 +64,11 @@ class Costs:
 
     losses: Sensitivity
     milliseconds: dict[str, float]
+    """Empty where they do not matter."""
 
     def order(self) -> list[str]:
         """The operators, that first which wins back most for each millisecond."""
-        return self.losses.order(self.milliseconds)
+        return self.losses.order(self.milliseconds or None)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self.losses), "milliseconds": self.milliseconds}
@@ -138,17 +146,75 @@ def fewest(
     Where ``whole``, with none in float, does, it is that; where not even one quantized operator is allowed, the attempt
     with just the last one quantized, which drops too much.
     """
-    if (whole.quality.drop or 0.0) <= max_drop:
+    if _drop(whole) <= max_drop:
         return (), whole
     tried: dict[int, Trial] = {}
 
     def inside(count: int) -> bool:
         tried[count] = attempt(tuple(order[:count]))
-        return (tried[count].quality.drop or 0.0) <= max_drop
+        return _drop(tried[count]) <= max_drop
 
     count = min(sensitivity.fewest(len(order), inside), max(len(order) - 1, 1))
     kept = tuple(order[:count])
     return kept, tried[count] if count in tried else attempt(kept)
+
+
+def _drop(trial: Judged) -> float:
+    return (trial.quality.drop if trial.quality else None) or 0.0
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """An attempt whose file does not compute what it should: worse than any that does."""
+
+    error: ParityError
+    quality: Quality = FAILED
+
+
+@dataclass(frozen=True)
+class Found(Generic[Trial]):
+    """Which operators stay in float, and the attempt that leaves them there: the first within what is allowed, or the
+    last of those that were tried."""
+
+    in_float: tuple[str, ...]
+    best: Trial
+    costs: Costs | None
+    """None where nothing had to stay in float."""
+    tried: str
+    """What each number of operators in float came to, in words."""
+
+
+def search(
+    attempt: Callable[[tuple[str, ...]], Trial], weigh: Callable[[], Costs], max_drop: float | None = None
+) -> Found[Trial]:
+    """The fewest operators in float with which an ``attempt`` is proven, raising no ParityError, and drops at most
+    ``max_drop`` where one is given.
+
+    None of them is what is attempted first; only where that fails the costs of all are asked for. Raises ParityError,
+    which names what was tried, where no attempt is proven.
+    """
+    tried: dict[int, Trial | _Failed] = {}
+
+    def proven(in_float: tuple[str, ...]) -> Trial | _Failed:
+        try:
+            tried[len(in_float)] = attempt(in_float)
+        except ParityError as error:
+            tried[len(in_float)] = _Failed(error)
+        return tried[len(in_float)]
+
+    limit, whole = sys.float_info.max if max_drop is None else max_drop, proven(())
+    costs = None if _drop(whole) <= limit else weigh()
+    in_float, best = fewest(costs.order() if costs else (), proven, whole, limit)
+    words = ", ".join(f"{count or 'none'} ({_came_to(trial)})" for count, trial in sorted(tried.items()))
+    if isinstance(best, _Failed):
+        raise ParityError(f"{best.error} No mix with float is proven either; operators left in float: {words}.")
+    return Found(in_float, best, costs, words)
+
+
+def _came_to(trial: Judged) -> str:
+    if isinstance(trial, _Failed):
+        return "another function"
+    return told(trial.quality.metric, _drop(trial)) if trial.quality else "proven"
 
 
 # ---- on its own
@@ -157,7 +223,7 @@ def fewest(
 @dataclass(frozen=True)
 class Candidate:
     artifact: Artifact
-    quality: Quality
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True)
@@ -165,18 +231,15 @@ class Mixed:
     """The outcome: which operators stay in float, and what was measured, interleaved, of the original in FP32, of the
     file in which none does, and of ``best``."""
 
-    in_float: tuple[str, ...]
+    found: Found[Candidate]
     count: int
     """Of operators that the scheme quantizes."""
-    best: Candidate
-    costs: Costs | None
-    """None where nothing had to stay in float."""
     measured: tuple[Measurement, ...]
-    """The original, all quantized and, where it is another one, the best."""
+    """The original, all quantized where that is proven and, where it is another one, the best."""
 
     def to_json(self) -> dict[str, Any]:
-        known = self.costs.to_json() if self.costs else None
-        return {"in_float": list(self.in_float), "operators": self.count, "costs": known}
+        known = self.found.costs.to_json() if self.found.costs else None
+        return {"in_float": list(self.found.in_float), "operators": self.count, "costs": known}
 
 
 def fit(
@@ -188,6 +251,7 @@ def fit(
     target: str,
     batch: int = 1,
     sequence: int = 128,
+    rotate: bool = False,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
     progress: Progress | None = None,
@@ -206,28 +270,67 @@ def fit(
     original = onnx.in_form(original, taken)
     before = _answers(original, workload, progress)
 
+    rounding = sensitivity.uncorrected(workload, scheme, rotate=rotate, seed=seed, progress=progress)
+    made: dict[int, Candidate] = {}
+
     def attempt(in_float: tuple[str, ...]) -> Candidate:
+        count = len(in_float)
         if progress:
-            progress(0, 0, f"writing with {len(in_float)} in float")
+            progress(0, 0, f"writing with {count} in float")
         plan = sensitivity.corrected(workload, rounding, in_float, seed=seed)
-        title = f"{scheme}, {len(in_float)} in float" if in_float else f"{scheme}, all"
-        written = onnx.write(workload, plan, folder / str(len(in_float)), name=title, base=original)
+        title = f"{scheme}, {count} in float" if in_float else f"{scheme}, all"
+        written = onnx.write(workload, plan, folder / str(count), name=title, base=original)
         judged = metrics.quality(metric, _answers(written, workload, progress), labels, original=before, seed=seed)
         say(f"{title}: {judged.drop or 0.0:.3g} of {metric} lost")
-        return Candidate(written, judged)
+        made[count] = Candidate(written, judged)
+        return made[count]
 
-    rounding = sensitivity.uncorrected(workload, scheme, seed=seed, progress=progress)
-    whole, found = attempt(()), None
-    order = list(rounding.weights)
-    if (whole.quality.drop or 0.0) > max_drop:
-        found = costs(workload, rounding, original, **where, seed=seed, progress=progress)
-        order = found.order()
-    in_float, best = fewest(order, attempt, whole, max_drop)
-    candidates = [Candidate(original, metrics.quality(metric, before, labels, seed=seed)), whole]
-    candidates += [best] if in_float else []
+    def weigh() -> Costs:
+        return costs(workload, rounding, original, **where, seed=seed, progress=progress)
+
+    found = search(attempt, weigh, max_drop)
+    candidates = [Candidate(original, metrics.quality(metric, before, labels, seed=seed))]
+    candidates += [made[count] for count in dict.fromkeys((0, len(found.in_float))) if count in made]
     timed = load.benchmark([one.artifact for one in candidates], **where, memory=False, progress=progress)
     measured = tuple(replace(item, quality=one.quality) for item, one in zip(timed, candidates, strict=True))
-    return Mixed(in_float, len(order), best, found, measured)
+    return Mixed(found, len(rounding.weights), measured)
+
+
+def proven(
+    workload: Workload,
+    plan: QuantizationPlan,
+    write: Callable[[QuantizationPlan], Artifact],
+    *,
+    rotate: bool = False,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """What ``write`` makes of ``plan`` or, where that is refused for it computes something else, of one with the fewest
+    operators in float that is not: those of the worst answers first, as there is no target to measure on.
+
+    Raises ParityError where there are no rows to find these by, where it cannot be tried one operator at a time, and
+    where no mix is proven.
+    """
+    try:
+        return write(plan)
+    except ParityError as error:
+        failed = error
+    if plan.scheme not in sensitivity.SCHEMES:
+        raise failed
+    if not len(workload.data.calibration):
+        raise ParityError(f"{failed} Which operators must stay in float is tried on rows: give them with --data.")
+    say(f"{failed} A mix with float is tried.")
+    rounding = sensitivity.uncorrected(workload, plan.scheme, rotate=rotate, seed=seed, progress=progress)
+
+    def attempt(in_float: tuple[str, ...]) -> Candidate:
+        if not in_float:
+            raise failed
+        return Candidate(write(sensitivity.corrected(workload, rounding, in_float, seed=seed)))
+
+    found = search(attempt, lambda: Costs(sensitivity.measure(workload, rounding, seed=seed, progress=progress), {}))
+    say(f"in float: {', '.join(found.in_float)}")
+    return found.best.artifact
 
 
 def _answers(artifact: Artifact, workload: Workload, progress: Progress | None) -> Any:

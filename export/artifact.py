@@ -51,6 +51,8 @@ class Session(_Strict):
     disabled_optimizers: tuple[str, ...] = ()
     inference_precision: str | None = None
     """What OpenVINO computes floats in, "f32" or "bf16"; its own choice where nothing is said."""
+    dynamic_quantization: int | None = None
+    """How many inputs of a product with weights of few bits OpenVINO rounds to 8 bits together; 0 for none."""
 
 
 class Engine(_Strict):

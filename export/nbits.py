@@ -24,9 +24,10 @@ ACCURACY_LEVEL = 4
 Bytes = NDArray[np.uint8]
 
 
-def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan) -> None:
+def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan, *, share: bool = True) -> None:
     """Put the plan's codes in the place of the weights of ``graph``, which is in float; they name nodes or modules.
 
+    With ``share`` a table that is also a product's weight is in the graph once, in another shape for the look-up.
     Raises InputError where the plan names a module that has no product or table in the graph, or gives no codes for it.
     """
     constants = {one.name for one in graph.graph.initializer}
@@ -43,7 +44,7 @@ def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan) -> None:
         if codes is not None and node.op_type in {"MatMul", "Gemm"} and node.input[1] in constants | turned:
             made = [_product(node, name, codes, added)]
         elif codes is not None and node.op_type == "Gather" and node.input[0] in constants:
-            made = _look_up(node, name, codes, added)
+            made = _look_up(node, name, codes, added, share=share)
         if made:
             done.add(name)
         nodes += made or [node]
@@ -114,15 +115,15 @@ def _product(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants) -
     )
 
 
-def _look_up(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants) -> list[onnx.NodeProto]:
-    """The look-up in the bytes that a product takes, so that a tied head has the same; where its blocks are filled up,
-    in the columns that are real."""
+def _look_up(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants, *, share: bool) -> list[onnx.NodeProto]:
+    """The look-up, with ``share`` in the bytes that a product takes, so that a tied head has the same; where its blocks
+    are filled up, in the columns that are real."""
     numbers, scales, zeros = packed(codes)
     rows, columns = codes.codes.shape
     inputs = [node.input[1], added.add(f"{name}.scales", scales), added.add(f"{name}.zeros", zeros)]
     form: dict[str, Any] = {"bits": codes.bits, "block_size": codes.block, "gather_axis": 0, "quantize_axis": 1}
     made = []
-    if columns % codes.block:
+    if columns % codes.block or not share:
         table = added.add(
             f"{name}.codes", np.ascontiguousarray(numbers.reshape(rows, -1)[:, : columns * codes.bits // 8])
         )

@@ -72,8 +72,11 @@ def open_openvino(artifact: Artifact, *, device: str = "cpu", threads: int = 1) 
         raise UsageError(f"The openvino runtime runs on 'cpu', not on '{device}'.")
     library = openvino()
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    if artifact.manifest.session.inference_precision:
-        settings["INFERENCE_PRECISION_HINT"] = artifact.manifest.session.inference_precision
+    told = artifact.manifest.session
+    if told.inference_precision:
+        settings["INFERENCE_PRECISION_HINT"] = told.inference_precision
+    if told.dynamic_quantization is not None:
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = told.dynamic_quantization
     try:
         compiled = library.Core().compile_model(artifact.model_file, "CPU", settings)
     except RuntimeError as error:

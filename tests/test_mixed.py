@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from edgepress.benchmarks import mixed
+from edgepress.errors import ParityError
 from edgepress.export.artifact import open_artifact
 from edgepress.models.metrics import Quality
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from .test_cli import COLUMNS, refused
 
 SPOILT = "bert.encoder.layer.1.attention.output.dense"
+RUINED = "bert.encoder.layer.2.output.dense"
 UNLABELLED = ("--columns", "text=review,label=-")
 ALLOWED = 1e-4
 """Nats from the original's answers, of which rounding the spoilt product takes some times as many."""
@@ -35,6 +37,20 @@ def spoilt(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name in (f"{value}.weight", f"{value}.bias"):
         tensors[name][::2] *= 150
     tensors[f"{SPOILT}.weight"][:, ::2] /= 150
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ruined(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A channel of the last feed-forward that is huge and read by nobody, and the others of more weight: in one range
+    with it they are rounded away, and so is most of the answer."""
+    folder = tmp_path_factory.mktemp("ruined") / "model"
+    shutil.copytree(model_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{RUINED.replace('output', 'intermediate')}.bias"][0] = 3e6
+    tensors[f"{RUINED}.weight"] *= 30
+    tensors[f"{RUINED}.weight"][:, 0] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -144,6 +160,100 @@ def test_steps_train_with_rounding_in_the_loop(here: Any, spoilt: Path, few: Pat
     assert before.quantized == after.quantized
     assert before.files["model.onnx"] != after.files["model.onnx"]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def test_a_file_that_is_not_proven_keeps_in_float_what_it_must(
+    here: Any, ruined: Path, few: Path, tmp_path: Path
+) -> None:
+    done = here("quantize", ruined, "--data", few, *COLUMNS, "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert f"in float: {RUINED}\n" in done.stderr
+    manifest = open_artifact(tmp_path / "out").manifest
+    assert RUINED not in manifest.quantized
+    assert len(manifest.quantized) == 3 * 6
+    assert manifest.parity is not None
+    assert manifest.parity.cosine > 0.95
+    refused(here("quantize", ruined, "-o", tmp_path / "no"), "tried on rows: give them with --data")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_rotated_values(here: Any, model_folder: Path, few: Path, tmp_path: Path) -> None:
+    args = ("quantize", model_folder, "--data", few, *COLUMNS, "--json")
+    plain, turned = here(*args, "-o", tmp_path / "plain"), here(*args, "--rotate", "-o", tmp_path / "turned")
+    assert "residual stream" not in plain.stderr
+    assert "The residual stream of model cannot be rotated" in turned.stderr.replace("tiny-bert", "model")
+    first, second = (open_artifact(tmp_path / name).manifest for name in ("plain", "turned"))
+    assert first.files["model.onnx"] != second.files["model.onnx"]
+    assert first.quantized == second.quantized
+    assert second.parity is not None
+    assert second.parity.cosine > 0.99
+    refused(here("quantize", "any.onnx", "--rotate"), "takes --data with an .npz file")
+
+
+def test_within_a_drop_too(here: Any, ruined: Path, few: Path, tmp_path: Path) -> None:
+    limits = ("--max-drop", "5%", "--target", "cpu:1", "--seq", 32)
+    done = here("quantize", ruined, "--data", few, *COLUMNS, *limits, "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0 or (done.returncode == 3 and "none (another function), 1 (" in done.stderr), done.stderr
+    found = json.loads(done.stdout)
+    assert found["mixed"]["in_float"] == [RUINED]
+    assert len(found["rows"]) == 2  # there is no file with all of them quantized to be measured
+
+
+def test_compress_goes_on_with_a_mix(here: Any, ruined: Path, few: Path, small_recipe: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    lines = [line for line in small_recipe.read_text().splitlines() if not line.startswith(("le", "li", "quantize"))]
+    more = "quantize: {scheme: int8-dynamic, rotate: true}"
+    recipe.write_text("\n".join([*lines, "levels: []", "metric: kl", "limits: {max_drop: 0.05}", more]))
+    done = here("compress", ruined, "--data", few, *UNLABELLED, "--recipe", recipe, "-o", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "residual stream" in done.stderr  # of a BERT the values alone are rotated
+    refusals = {entry["stage"]: entry for entry in found["refused"]}
+    assert "the int8-dynamic artifact is" in refusals["int8-dynamic"]["reason"]
+    assert refusals["int8-dynamic"]["drop"] is None
+    if "mixed-int8-dynamic" in refusals:
+        assert "slower" in refusals["mixed-int8-dynamic"]["reason"]
+        assert "none (another function), 1 (" in refusals["mixed-int8-dynamic"]["reason"]
+    else:
+        (kept,) = json.loads((tmp_path / "run/summary.json").read_text())["mixed"]
+        assert kept["in_float"] == [RUINED]
+        assert found["results"][0]["name"] == kept["variant"]
+
+
+def test_what_was_tried_is_named(here: Any, spoilt: Path, few: Path, tmp_path: Path) -> None:
+    limits = ("--metric", "kl", "--max-drop", 0, "--target", "cpu:1", "--seq", 32)
+    done = here("quantize", spoilt, "--data", few, *UNLABELLED, *limits, "-o", tmp_path / "out")
+    assert done.returncode == 3
+    assert re.search(
+        r"18 of 19 operators in float it .* operators left in float: none \(.*, 1 \(.*, 18 \(", done.stderr
+    )
+    assert open_artifact(tmp_path / "out").manifest.quantized
+
+
+def costs() -> mixed.Costs:
+    alone = {"a": 3.0, "b": 2.0, "c": 1.0}
+    return mixed.Costs(mixed.Sensitivity(6.0, alone, dict.fromkeys(alone, 6.0)), {})
+
+
+def test_attempts_that_are_not_proven_are_worse_than_any_that_is() -> None:
+    def attempt(in_float: tuple[str, ...]) -> Told:
+        if len(in_float) < 2:
+            raise ParityError(f"{len(in_float)} in float: 0.9 away.")
+        return Told(2.0)
+
+    for limit in (None, 2.5):
+        found = mixed.search(attempt, costs, limit)
+        assert found.in_float == ("a", "b")
+        assert "none (another function), 1 (another function), 2 (2.00 points lost)" in found.tried
+    assert mixed.search(attempt, costs, 1.0).best.quality.drop == 2.0
+
+    def never(in_float: tuple[str, ...]) -> Told:
+        raise ParityError(f"{len(in_float)} in float: 0.9 away.")
+
+    with pytest.raises(ParityError, match=r"2 in float: 0\.9 away\. No mix .*: none \(.*, 1 \(.*, 2 \(another"):
+        mixed.search(never, costs)
+    whole = Told(0.5)
+    assert mixed.search(lambda _: whole, lambda: pytest.fail("nothing need be weighed"), 1.0).best is whole
 
 
 class Told:

@@ -49,7 +49,7 @@ def fused(workload: Workload, source: Path, path: Path) -> None:
     """``source`` with the fusions of onnxruntime.transformers."""
     result = optimizer.optimize_model(
         str(source),
-        model_type="bert",
+        model_type="vit" if workload.structure.family == "vit" else "bert",
         num_heads=workload.structure.of_kind("head")[0].count,
         hidden_size=workload.structure.hidden_size,
         optimization_options=FusionOptions("bert"),

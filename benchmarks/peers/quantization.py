@@ -1,7 +1,8 @@
-"""Post-training quantization: edgepress, the tools of ONNX Runtime, and NNCF on OpenVINO, on one machine in one run.
+"""Post-training quantization: edgepress, ONNX Runtime's tools, NNCF on OpenVINO, and torchao, on one machine.
 
     python benchmarks/peers/quantization.py [--model zoo:minilm-reviews] [--shapes 1x32,1x128,8x32,8x128]
-        [--threads 1,2] [--also NAME=FOLDER] [-o result.json]        with nncf and openvino installed
+        [--threads 1,2] [--also NAME=FOLDER] [-o result.json]        with nncf, openvino and, if any, torchao installed
+    python benchmarks/peers/quantization.py --model zoo:vit-fashion --shapes 1,8    images: how many at a time
 
 Every contender gets the same float model and the same calibration rows. For each shape and number of threads all of
 them are measured in one process, interleaved round by round. ``cosine`` is the mean, over evaluation rows, of that
@@ -9,7 +10,8 @@ between what the last layer reads in the float model and in the contender; ``dro
 the file. ``--also`` takes an artifact of the same model that is pruned too. The tools of ONNX Runtime are given the
 graph that they do best on: exported by tracing, with eager attention.
 
-Peers: onnxruntime.quantization (quantize_dynamic, quantize_static), onnxruntime.transformers, nncf.quantize.
+Peers: onnxruntime.quantization (quantize_dynamic, quantize_static), onnxruntime.transformers, nncf.quantize, and
+torchao.quantization.quantize_ in PyTorch, eager and compiled.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from edgepress.benchmarks import compare, load, runner
 from edgepress.benchmarks.environment import fingerprint
 from edgepress.benchmarks.measurement import Measurement
 from edgepress.benchmarks.peers.fp32_graphs import fused, traced
+from edgepress.benchmarks.peers.torch_int8 import TorchContender, of_torchao
 from edgepress.compress import quantize as quantizers
 from edgepress.export.artifact import Artifact, open_artifact
 from edgepress.export.backends import onnx as backend
@@ -57,6 +60,9 @@ class Contender:
     @property
     def size_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.model.parent.glob(f"{self.model.stem}.*"))
+
+    def open(self, threads: int, feeds: Feeds) -> Callable[[], Any]:
+        return runner.open_model(self.job(), threads, feeds)
 
 
 # ---- the contenders
@@ -172,8 +178,10 @@ def penultimate(graph: onnx.ModelProto) -> str:
     return str(node.input[0])
 
 
-def opened(contender: Contender, inner: str, threads: int) -> Callable[[Feeds], list[NDArray[Any]]]:
+def opened(contender: Contender | TorchContender, inner: str, threads: int) -> Callable[[Feeds], list[NDArray[Any]]]:
     """What runs a contender and also returns the value ``inner``."""
+    if isinstance(contender, TorchContender):
+        return contender.read()
     if contender.runtime == "openvino":
         import openvino
 
@@ -193,7 +201,9 @@ def opened(contender: Contender, inner: str, threads: int) -> Callable[[Feeds], 
     return lambda feeds: session.run(None, feeds)
 
 
-def quality(workload: Workload, contenders: Sequence[Contender], inners: Sequence[str]) -> list[dict[str, float]]:
+def quality(
+    workload: Workload, contenders: Sequence[Contender | TorchContender], inners: Sequence[str]
+) -> list[dict[str, float]]:
     """The cosine to the first contender and the drop from it, of each; rows are batched with others as long."""
     data, results, first = workload.data, [], None
     for contender, inner in zip(contenders, inners, strict=True):
@@ -220,10 +230,15 @@ def quality(workload: Workload, contenders: Sequence[Contender], inners: Sequenc
 
 
 def timed(  # noqa: PLR0917
-    contenders: Sequence[Contender], base: Artifact, shape: tuple[int, int], threads: int, queries: int, seconds: float
+    contenders: Sequence[Contender | TorchContender],
+    base: Artifact,
+    shape: tuple[int, int],
+    threads: int,
+    queries: int,
+    seconds: float,
 ) -> list[Measurement]:
     feeds = load.arbitrary(base, *shape)
-    runs = [runner.open_model(contender.job(), threads, feeds) for contender in contenders]
+    runs = [contender.open(threads, feeds) for contender in contenders]
     samples = runner.interleaved(runs, queries, seconds * len(runs))
     environment = fingerprint(threads)
     return [
@@ -249,7 +264,10 @@ def timed(  # noqa: PLR0917
 def table(document: Mapping[str, Any]) -> str:
     """The result as Markdown: a line for each contender, and of each shape its speedup with the interval."""
     shapes = list(dict.fromkeys((row["threads"], row["batch"], row["sequence"]) for row in document["rows"]))
-    heads = [f"{threads} thread{'s' * (threads > 1)}, {batch} x {length}" for threads, batch, length in shapes]
+    heads = [
+        f"{threads} thread{'s' * (threads > 1)}, {batch}{f' x {length}' if length else ''}"
+        for threads, batch, length in shapes
+    ]
     lines = [f"| | MB | cosine | points lost | {' | '.join(heads)} |", "|" + " --- |" * (4 + len(heads))]
     rows = {(row["name"], (row["threads"], row["batch"], row["sequence"])): row["speedup"] for row in document["rows"]}
     for one in document["contenders"]:
@@ -262,10 +280,45 @@ def table(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sizes(text: str, *, texts: bool) -> list[tuple[int, int]]:
+    """``1x32,8x128`` as pairs of batch and tokens, ``1,8`` with 0 tokens; SystemExit where that does not fit."""
+    found = []
+    for part in text.split(","):
+        numbers = [int(number) for number in part.split("x") if number.isdecimal()]
+        if len(numbers) != 1 + texts or not all(numbers):
+            raise SystemExit(f"'{part}' is not a shape: of texts write it like 1x32, of images like 8.")
+        found.append((numbers[0], numbers[1] if texts else 0))
+    return found
+
+
+def everyone(
+    workload: Workload, base: Artifact, folder: Path, options: argparse.Namespace
+) -> tuple[list[Contender | TorchContender], list[str]]:
+    """The contenders, the float model first, and the name of what the last layer reads in each one's file."""
+    inner = penultimate(onnx.load(base.model_file))
+    contenders: list[Contender | TorchContender] = [Contender("float", "onnx", base.model_file)]
+    contenders += of_edgepress(workload, base, folder, options.rows)
+    contenders += of_openvino(workload, base, folder, options.rows)
+    try:
+        contenders += of_torchao(workload, folder)
+    except ImportError as error:
+        print(f"torchao: not installed ({error})", flush=True)
+    inners = [inner] * len(contenders)
+    for name, _, made in (one.partition("=") for one in options.also):
+        artifact = open_artifact(Path(made))
+        contenders.append(Contender(name, "onnx", artifact.model_file, artifact.manifest.session.disabled_optimizers))
+        inners.append(penultimate(onnx.load(artifact.model_file)))
+    if not options.no_ort_tools:
+        peers = list(of_onnxruntime(workload, folder, options.rows))
+        inners += [penultimate(onnx.load(folder / "traced" / "model.onnx"))] * len(peers)
+        contenders += peers
+    return contenders, inners
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="zoo:minilm-reviews")
-    parser.add_argument("--shapes", default="1x32,1x128,8x32,8x128")
+    parser.add_argument("--shapes", help="batch x tokens; of images batches alone (1x32,1x128,8x32,8x128; 1,8)")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rows", type=int, default=128, help="of calibration")
     parser.add_argument("--evaluation", type=int, default=1000)
@@ -282,38 +335,26 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     workload = ep.load(options.model)
+    texts = any(axis.name == "sequence" for of in workload.input_axes.values() for axis in of.values())
+    shapes = sizes(options.shapes or ("1x32,1x128,8x32,8x128" if texts else "1,8"), texts=texts)
     evaluation = workload.data.evaluation.take(options.evaluation)
     workload = replace(workload, data=replace(workload.data, evaluation=evaluation))
     document: dict[str, Any] = {"model": options.model, "contenders": [], "rows": []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base = ep.export(workload, folder / "base")
-        inner = penultimate(onnx.load(base.model_file))
-        contenders = [Contender("float", "onnx", base.model_file)]
-        contenders += of_edgepress(workload, base, folder, options.rows)
-        contenders += of_openvino(workload, base, folder, options.rows)
-        inners = [inner] * len(contenders)
-        for name, _, made in (one.partition("=") for one in options.also):
-            artifact = open_artifact(Path(made))
-            contenders.append(
-                Contender(name, "onnx", artifact.model_file, artifact.manifest.session.disabled_optimizers)
-            )
-            inners.append(penultimate(onnx.load(artifact.model_file)))
-        if not options.no_ort_tools:
-            peers = list(of_onnxruntime(workload, folder, options.rows))
-            inners += [penultimate(onnx.load(folder / "traced" / "model.onnx"))] * len(peers)
-            contenders += peers
+        contenders, inners = everyone(workload, base, folder, options)
         kept = quality(workload, contenders, inners)
         for contender, figures in zip(contenders, kept, strict=True):
             document["contenders"].append({"name": contender.name, "size_bytes": contender.size_bytes, **figures})
             print(f"{contender.name:52} {contender.size_bytes / 1e6:7.1f} MB  {figures}", flush=True)
         for threads in map(int, options.threads.split(",")):
-            for shape in options.shapes.split(","):
-                batch, sequence = (int(size) for size in shape.split("x"))
-                taken = timed(contenders, base, (batch, sequence), threads, options.queries, options.seconds)
+            for batch, sequence in shapes:
+                shape = f"{batch}x{sequence}" if sequence else str(batch)
+                taken = timed(contenders, base, (batch, sequence or 1), threads, options.queries, options.seconds)
                 for one in taken:
                     faster = compare.speedup(taken[0], one) if one is not taken[0] else None
-                    row = {"name": one.name, "threads": threads, "batch": batch, "sequence": sequence}
+                    row: dict[str, Any] = {"name": one.name, "threads": threads, "batch": batch, "sequence": sequence}
                     row |= {"p50": one.p50, "speedup": faster.to_json() if faster else None}
                     document["rows"].append(row)
                     ratio = f"{faster.value:.2f}x" if faster else "1.00x"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
+from ...models.dequantize import dequantized
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
+from .rotate import rotation
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METHODS = ("int8_dynamic", "int8", "int8_weight", "int4", "fp16", "bf16", "fp8")
 
@@ -22,7 +29,30 @@ def get(name: str) -> ModuleType:
     raise UsageError(f"There is no scheme '{name}' (available: {known}).")
 
 
-def quantize(workload: Workload, scheme: str = "int8-dynamic", **options: Any) -> QuantizationPlan:
-    """The quantization plan of ``workload`` under ``scheme``; ``options`` are the method's keyword arguments."""
-    plan: QuantizationPlan = get(scheme).quantize(workload, **options)
-    return plan
+def quantize(
+    workload: Workload,
+    scheme: str = "int8-dynamic",
+    *,
+    rotate: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> QuantizationPlan:
+    """The quantization plan of ``workload`` under ``scheme``; ``options`` are the method's keyword arguments.
+
+    With ``rotate`` channels are mixed first, wherever weights can hold that (:mod:`.rotate`); ``say`` is told where
+    not. Raises UnavailableError where they can nowhere.
+    """
+    method = get(scheme).quantize
+    if not rotate:
+        plain: QuantizationPlan = method(workload, **options)
+        return plain
+    turned = rotation(workload)
+    for note in turned.notes:
+        say(note)
+    return under(turned.state, method(dequantized(workload, QuantizationPlan("fp32", state=turned.state)), **options))
+
+
+def under(state: Mapping[str, Tensor], plan: QuantizationPlan) -> QuantizationPlan:
+    """``plan``, made for a module with the entries ``state``, for the module without them."""
+    coded = {f"{name}.weight" for name in plan.codes}
+    return replace(plan, state={**{name: one for name, one in state.items() if name not in coded}, **plan.state})

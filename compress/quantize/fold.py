@@ -60,6 +60,11 @@ def inputs(workload: Workload, names: Iterable[str]) -> list[Input]:
     return found
 
 
+def made_by_norms(workload: Workload, names: Iterable[str]) -> dict[str, str]:
+    """Those of the layers ``names`` that read what a norm put out for the example, with the norm."""
+    return _readers(workload, names)[1]
+
+
 def fold(workload: Workload, state: State, tensor: Input, scales: Tensor) -> None:
     """Divide ``tensor`` by ``scales`` [in], tied, where it is made, and multiply what reads it.
 
@@ -71,11 +76,11 @@ def fold(workload: Workload, state: State, tensor: Input, scales: Tensor) -> Non
     for path, name in ((tensor.maker, "weight"), (tensor.maker, "bias")):
         if getattr(maker, name, None) is not None:
             rows = _entry(workload, state, path, name)
-            _as_matrix(maker, rows).div_(of_feature[:, None].to(rows))
+            as_matrix(maker, rows).div_(of_feature[:, None].to(rows))
     for path in tensor.layers:
         layer = workload.module.get_submodule(path)
         weight = _entry(workload, state, path, "weight")
-        _as_matrix(layer, weight).mul_(scales.repeat_interleave(window(layer)).to(weight))
+        as_matrix(layer, weight).mul_(scales.repeat_interleave(window(layer)).to(weight))
 
 
 def _entry(workload: Workload, state: State, path: str, name: str) -> Tensor:
@@ -86,7 +91,7 @@ def _entry(workload: Workload, state: State, path: str, name: str) -> Tensor:
     return state[key]
 
 
-def _as_matrix(layer: nn.Module, parameter: Tensor) -> Tensor:
+def as_matrix(layer: nn.Module, parameter: Tensor) -> Tensor:
     """``parameter``, of the shape of the layer's weight or bias, as [out, …]; a view."""
     if parameter.dim() == 1:
         return parameter[:, None]

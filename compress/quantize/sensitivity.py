@@ -23,7 +23,7 @@ from ...models.workload import Progress, Workload
 from ...plan import QuantizationPlan
 from ..distance import by_class, distance
 from ..score.evidence import BATCH
-from . import bias_correction, int8, int8_dynamic
+from . import bias_correction, quantize
 from .fake import quantized
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Trials:
 
 
 def uncorrected(
-    workload: Workload, scheme: str, *, seed: int = 0, progress: Progress | None = None
+    workload: Workload, scheme: str, *, rotate: bool = False, seed: int = 0, progress: Progress | None = None
 ) -> QuantizationPlan:
     """The plan of ``scheme`` to measure: without biases that make up for rounding, see :func:`corrected`.
 
@@ -80,8 +80,8 @@ def uncorrected(
     if scheme not in SCHEMES:
         raise UsageError(f"What '{scheme}' costs operator by operator is not known (it is for: {', '.join(SCHEMES)}).")
     if scheme == "int8":
-        return int8.quantize(workload, correct_bias=False, seed=seed, progress=progress)
-    found = int8_dynamic.quantize(workload)
+        return quantize(workload, scheme, rotate=rotate, correct_bias=False, seed=seed, progress=progress)
+    found = quantize(workload, scheme, rotate=rotate)
     recurrent = [name for name in found.weights if isinstance(workload.module.get_submodule(name), nn.LSTM)]
     if recurrent:
         raise UnavailableError(f"What rounding costs cannot be tried yet where a layer is recurrent: '{recurrent[0]}'.")

@@ -21,7 +21,7 @@ from ...models.dequantize import dequantized
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
-from .. import halves, large, pairs, parity, reference, session
+from .. import halves, large, nbits, pairs, parity, reference, session
 from ..artifact import Artifact, Session
 from . import onnx as onnx_backend
 
@@ -31,10 +31,14 @@ SESSIONS = {
     "fp16": Session(inference_precision="f32"),
     "bf16": Session(inference_precision="bf16"),
     "int8": Session(),
+    "int8-weight": Session(inference_precision="f32", dynamic_quantization=0),
+    "int4": Session(inference_precision="f32", dynamic_quantization=0),
 }
 """What floats are computed in. By itself OpenVINO takes bfloat16 where the CPU has it, for fp32 files too; beside 8
-bits that is wanted. A CPU without bfloat16 computes in float32 whatever is asked."""
+bits that is wanted. A CPU without bfloat16 computes in float32 whatever is asked. Beside weights of few bits it would
+round inputs to 8 bits as they come; told not to, it computes exactly what the codes stand for."""
 SCHEMES = tuple(SESSIONS)
+BLOCKS = ("int8-weight", "int4")
 
 
 def write(
@@ -83,11 +87,17 @@ def write(
 
 
 def written(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
-    """A float graph with the precisions of ``plan`` written into it, for OpenVINO to read."""
+    """A float graph with the precisions of ``plan`` written into it, for OpenVINO to read.
+
+    It reads ONNX Runtime's operators for weights in blocks as constants of 8 or 4 bits that are converted, less the
+    zero points, times the scales, which its CPU plugin makes part of the product and of the look-up.
+    """
     if plan.scheme == "int8":
         return pairs.place(graph, plan)
     if plan.scheme in halves.TYPES:
         halves.store(graph, plan)
+    elif plan.scheme in BLOCKS:
+        nbits.rewrite(graph, plan, share=False)
     return graph
 
 

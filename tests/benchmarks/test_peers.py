@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edgepress.benchmarks.peers import depgraph, equal_latency, kwon, pruning
+from edgepress.benchmarks.peers import depgraph, equal_latency, kwon, pruning, quantization, torch_int8
 from edgepress.benchmarks.peers.contenders import CONTENDERS
 from edgepress.compress.prune.allocate import by_ratio
 from edgepress.compress.prune.budget import counted
@@ -329,3 +329,25 @@ def test_the_sets_of_the_reviews_keep_apart_on_fewer_rows(minilm: Any) -> None:
         fewer.data.evaluation.lengths[small["imdb"]].mean()
         > 4 * fewer.data.evaluation.lengths[small["rotten_tomatoes"]].mean()
     )
+
+
+def test_shapes_of_texts_and_of_images() -> None:
+    assert quantization.sizes("1x32,8x128", texts=True) == [(1, 32), (8, 128)]
+    assert quantization.sizes("1,8", texts=False) == [(1, 0), (8, 0)]
+    for text, texts in (("1", True), ("1x32", False), ("0x32", True), ("ax3", True), ("", False)):
+        with pytest.raises(SystemExit, match="is not a shape"):
+            quantization.sizes(text, texts=texts)
+
+
+def test_torchao_answers_nearly_as_the_float_model(vit: Any, tmp_path: Path) -> None:
+    """Where it is installed; what is read is the head's input."""
+    pytest.importorskip("torchao")
+    eager, *_ = torch_int8.of_torchao(vit, tmp_path)
+    feeds = {"pixel_values": np.random.default_rng(1).normal(size=(4, 3, 16, 16)).astype(np.float32)}
+    logits, read = eager.read()(feeds)
+    with torch.no_grad():
+        wanted = vit.forward({"pixel_values": torch.from_numpy(feeds["pixel_values"])}).numpy()
+    assert read.shape == (4, 32)
+    assert 0 < np.abs(logits - wanted).max() < 0.05 * np.abs(wanted).max()
+    np.testing.assert_allclose(eager.open(1, feeds)().logits.numpy(), logits)
+    assert eager.size_bytes > 0

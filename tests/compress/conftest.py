@@ -141,3 +141,9 @@ def output_error() -> Callable[[Any, Any], float]:
         return total
 
     return error
+
+
+@pytest.fixture(scope="session")
+def plans() -> Any:
+    """The strategy that draws plans for a structure."""
+    return MODELS._plans

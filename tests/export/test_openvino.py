@@ -13,11 +13,13 @@ import onnx
 import pytest
 import torch
 from edgepress.benchmarks import environment
+from edgepress.compress.quantize.choice import tables
 from edgepress.errors import InputError, UnavailableError, UsageError
 from edgepress.export import pairs, parity
 from edgepress.export.artifact import Artifact, open_artifact
 from edgepress.export.backends import openvino as backend
 from edgepress.models import surgery
+from edgepress.models.dequantize import dequantized
 from edgepress.plan import PruningPlan, QuantizationPlan, Unit
 
 openvino = pytest.importorskip("openvino")
@@ -48,6 +50,8 @@ def plans(pruned: Any) -> dict[str, QuantizationPlan]:
         "fp16": ep.quantize(pruned, "fp16"),
         "bf16": ep.quantize(pruned, "bf16"),
         "int8": replace(plain, activations=halved, smooth=smooth),
+        "int8-weight": ep.quantize(pruned, "int8-weight"),
+        "int4": ep.quantize(pruned, "int4", method="rtn", block=16),
     }
 
 
@@ -113,6 +117,28 @@ def test_every_planned_product_runs_in_eight_bits(
         layers = [facts for layer, facts in found.items() if layer.startswith(f"{name}/MatMul")]
         full = [facts for facts in layers if facts["layerType"] == "FullyConnected"]
         assert [facts["runtimePrecision"] in EIGHT_BITS for facts in full] == [True], (name, layers)
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [("int8-weight", "u8"), ("int4", "u4")])
+def test_weights_in_blocks_stay_compressed_and_inputs_are_floats(
+    scheme: str, kind: str, pruned: Any, written: dict[str, Artifact], plans: dict[str, QuantizationPlan]
+) -> None:
+    """The kernels read the codes, and compute what they stand for to float32's last digits: nothing else is rounded."""
+    found, large = kernels(written[scheme]), tables(pruned)
+    products = [name for name in plans[scheme].codes if name not in large]
+    assert len(products) == 12  # two blocks of six
+    for name in products:
+        layers = [facts for layer, facts in found.items() if layer.startswith(f"{name}/MatMul")]
+        assert [facts["runtimePrecision"] for facts in layers if facts["layerType"] == "FullyConnected"] == [kind], name
+    assert large
+    looked_up = [facts["runtimePrecision"] for facts in found.values() if facts["layerType"] == "Gather"]
+    assert len([one for one in looked_up if one in EIGHT_BITS]) == len(large)
+    ids = np.random.default_rng(0).integers(5, 2000, (3, 17))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    with torch.inference_mode():
+        stands_for = dequantized(pruned, plans[scheme]).forward({n: torch.from_numpy(a) for n, a in feeds.items()})
+    with backend.open_session(written[scheme]) as session:
+        np.testing.assert_allclose(session.run(feeds)[0], stands_for.numpy(), atol=1e-4)
 
 
 def test_scores_of_attention_are_computed_in_eight_bits(
@@ -185,8 +211,8 @@ def test_wrong_use_is_one_sentence(
     pruned: Any, base: Artifact, written: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fp32 = QuantizationPlan("fp32")
-    with pytest.raises(UsageError, match="cannot write the scheme 'int4'"):
-        backend.write(pruned, QuantizationPlan("int4"), tmp_path / "x")
+    with pytest.raises(UsageError, match="cannot write the scheme 'fp8'"):
+        backend.write(pruned, QuantizationPlan("fp8"), tmp_path / "x")
     with pytest.raises(UsageError, match="is int8 for openvino"):
         backend.write(pruned, fp32, tmp_path / "x", base=written["int8"])
     with pytest.raises(UsageError, match="runs on 'cpu'"), backend.open_session(written["fp32"], device="cuda"):
