@@ -28,7 +28,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"edgepress", f"edgepress-{ep.__version__}.dist-info"}
     inside = {name.removeprefix("edgepress/") for name in names if name.startswith("edgepress/")}
-    assert {"py.typed", "cli.py", "benchmarks/report.html", "benchmarks/runner.py", "models/zoo/fetch.py"} <= inside
+    wanted = {"py.typed", "cli/prune.py", "benchmarks/report.html", "benchmarks/runner.py", "models/zoo/fetch.py"}
+    assert wanted <= inside
     assert not [name for name in inside if name.startswith(("tests", "benchmarks/peers", "benchmarks/results", "docs"))]
 
 
