@@ -371,18 +371,18 @@ class Device:
         """Connect, if the connection does not stand.
 
         The master is a process of ours in a session of its own: Ctrl-C does not end it before the folder is removed.
+        What it runs ends with its standard input, and so with us, however we end.
         """
         socket, said = self._local / "s", self._local / "master"
         if self._master and self._master.poll() is None and socket.exists():
             return
         self._close_master()
-        argv = self._ssh("yes")
-        argv.insert(1, "-N")
+        argv = [*self._ssh("yes"), "exec cat"]
+        pipe, none = subprocess.PIPE, subprocess.DEVNULL
         with said.open("wb") as stream:
             self._master = subprocess.Popen(  # noqa: S603 - words that are checked
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stream, start_new_session=True,
-                env=_english(),
-            )  # fmt: skip
+                argv, stdin=pipe, stdout=none, stderr=stream, start_new_session=True, env=_english()
+            )
         end = time.monotonic() + 60
         while not socket.exists() and self._master.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -398,6 +398,8 @@ class Device:
             except subprocess.TimeoutExpired:
                 self._master.kill()
                 self._master.wait()
+            if self._master.stdin:
+                self._master.stdin.close()
         (self._local / "s").unlink(missing_ok=True)
 
     def _why(self, said: str) -> Exception:

@@ -185,6 +185,27 @@ def test_ctrl_c_leaves_nothing(there: Any, artifacts: list[Artifact]) -> None:
     assert there.processes("runner.py") == []
 
 
+def test_a_client_that_is_killed_takes_its_connection_along(there: Any) -> None:
+    code = "from edgepress.benchmarks.targets import ssh; device = ssh.Device(ssh.Address('device')); "
+    code += "print(device._local, flush=True); input()"
+    client = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert client.stdout
+    control = client.stdout.readline().strip()
+
+    def connections() -> int:
+        found = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+        return sum(b"ControlPath=" + control in line for line in found)
+
+    assert connections() == 1
+    client.kill()
+    client.communicate()
+    end = time.monotonic() + 30
+    while connections() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert connections() == 0
+    shutil.rmtree(control.decode())
+
+
 def test_a_client_that_is_gone_leaves_nothing(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "LEASE_SECONDS", 2.0)
     device = ssh.Device(targets.parse(there.target()).address or pytest.fail())
