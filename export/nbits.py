@@ -24,10 +24,11 @@ ACCURACY_LEVEL = 4
 Bytes = NDArray[np.uint8]
 
 
-def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan, *, share: bool = True) -> None:
+def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan, *, whole: bool = False) -> None:
     """Put the plan's codes in the place of the weights of ``graph``, which is in float; they name nodes or modules.
 
-    With ``share`` a table that is also a product's weight is in the graph once, in another shape for the look-up.
+    A table that is also a product's weight is in the graph once, in another shape for the look-up. With ``whole`` each
+    is a constant of its own, and inputs of products are padded to whole blocks: else OpenVINO does not read the codes.
     Raises InputError where the plan names a module that has no product or table in the graph, or gives no codes for it.
     """
     constants = {one.name for one in graph.graph.initializer}
@@ -42,9 +43,9 @@ def rewrite(graph: onnx.ModelProto, plan: QuantizationPlan, *, share: bool = Tru
         name = next((name for name in names(node.name) if name in plan.codes), "")
         codes, made = plan.codes.get(name), None
         if codes is not None and node.op_type in {"MatMul", "Gemm"} and node.input[1] in constants | turned:
-            made = [_product(node, name, codes, added)]
+            made = _product(node, name, codes, added, whole=whole)
         elif codes is not None and node.op_type == "Gather" and node.input[0] in constants:
-            made = _look_up(node, name, codes, added, share=share)
+            made = _look_up(node, name, codes, added, whole=whole)
         if made:
             done.add(name)
         nodes += made or [node]
@@ -96,7 +97,7 @@ def _bytes(numbers: Bytes, bits: int) -> Bytes:
     return joined
 
 
-def _product(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants) -> onnx.NodeProto:
+def _product(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants, *, whole: bool) -> list[onnx.NodeProto]:
     attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
     if attributes.get("alpha", 1.0) != 1 or attributes.get("beta", 1.0) != 1 or attributes.get("transA", 0):
         raise InputError(f"The product of '{name}' is scaled or transposed in this graph, so it cannot be quantized.")
@@ -109,21 +110,30 @@ def _product(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants) -
     while not inputs[-1]:
         inputs.pop()
     rows, columns = codes.codes.shape
-    form: dict[str, Any] = {"K": columns, "N": rows, "bits": codes.bits, "block_size": codes.block}
-    return helper.make_node(
-        "MatMulNBits", inputs, node.output, node.name, domain=DOMAIN, accuracy_level=ACCURACY_LEVEL, **form
+    made, missing = [], -columns % codes.block if whole else 0
+    if missing:  # of a block that is not full OpenVINO makes floats; what is padded meets codes that stand for zeros
+        amounts = added.add(f"{name}.pads", np.array([0, missing], dtype=np.int64))
+        axes = added.add(f"{name}.axes", np.array([-1], dtype=np.int64))
+        made.append(helper.make_node("Pad", [inputs[0], amounts, "", axes], [f"{name}.padded"], f"{name}/Pad"))
+        inputs[0] = f"{name}.padded"
+    form: dict[str, Any] = {"K": columns + missing, "N": rows, "bits": codes.bits, "block_size": codes.block}
+    made.append(
+        helper.make_node(
+            "MatMulNBits", inputs, node.output, node.name, domain=DOMAIN, accuracy_level=ACCURACY_LEVEL, **form
+        )
     )
+    return made
 
 
-def _look_up(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants, *, share: bool) -> list[onnx.NodeProto]:
-    """The look-up, with ``share`` in the bytes that a product takes, so that a tied head has the same; where its blocks
-    are filled up, in the columns that are real."""
+def _look_up(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants, *, whole: bool) -> list[onnx.NodeProto]:
+    """The look-up in the bytes that a product takes, so that a tied head has the same; where its blocks are filled up,
+    or with ``whole``, in the columns that are real."""
     numbers, scales, zeros = packed(codes)
     rows, columns = codes.codes.shape
     inputs = [node.input[1], added.add(f"{name}.scales", scales), added.add(f"{name}.zeros", zeros)]
     form: dict[str, Any] = {"bits": codes.bits, "block_size": codes.block, "gather_axis": 0, "quantize_axis": 1}
     made = []
-    if columns % codes.block or not share:
+    if columns % codes.block or whole:
         table = added.add(
             f"{name}.codes", np.ascontiguousarray(numbers.reshape(rows, -1)[:, : columns * codes.bits // 8])
         )

@@ -97,7 +97,7 @@ def written(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
     if plan.scheme in halves.TYPES:
         halves.store(graph, plan)
     elif plan.scheme in BLOCKS:
-        nbits.rewrite(graph, plan, share=False)
+        nbits.rewrite(graph, plan, whole=True)
     return graph
 
 

@@ -127,8 +127,9 @@ def test_weights_in_blocks_stay_compressed_and_inputs_are_floats(
     found, large = kernels(written[scheme]), tables(pruned)
     products = [name for name in plans[scheme].codes if name not in large]
     assert len(products) == 12  # two blocks of six
+    assert sum(pruned.module.get_submodule(name).in_features % 16 > 0 for name in products) == 2
     for name in products:
-        layers = [facts for layer, facts in found.items() if layer.startswith(f"{name}/MatMul")]
+        layers = [facts for layer, facts in found.items() if layer.startswith(f"{name}/")]  # named after the bias
         assert [facts["runtimePrecision"] for facts in layers if facts["layerType"] == "FullyConnected"] == [kind], name
     assert large
     looked_up = [facts["runtimePrecision"] for facts in found.values() if facts["layerType"] == "Gather"]
