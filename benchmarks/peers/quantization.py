@@ -306,8 +306,9 @@ def everyone(
     inners = [inner] * len(contenders)
     for name, _, made in (one.partition("=") for one in options.also):
         artifact = open_artifact(Path(made))
-        contenders.append(Contender(name, "onnx", artifact.model_file, artifact.manifest.session.disabled_optimizers))
-        inners.append(penultimate(onnx.load(artifact.model_file)))
+        runtime, disabled = artifact.manifest.runtime, artifact.manifest.session.disabled_optimizers
+        contenders.append(Contender(name, runtime, artifact.model_file, disabled))
+        inners.append(penultimate(onnx.load(artifact.model_file)) if runtime == "onnx" else inner)  # named alike
     if not options.no_ort_tools:
         peers = list(of_onnxruntime(workload, folder, options.rows))
         inners += [penultimate(onnx.load(folder / "traced" / "model.onnx"))] * len(peers)
