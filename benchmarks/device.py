@@ -33,7 +33,7 @@ except ImportError:  # Windows, or a Python older than 3.8
     sys.exit("edgepress measures on devices with a POSIX system and Python 3.8 or later")
 
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-PACKAGES = ("edgepress", "numpy", "onnx", "onnxruntime", "openvino", "torch", "transformers")
+PACKAGES = ("edgepress", "numpy", "onnx", "onnxruntime", "openvino", "executorch", "torch", "transformers")
 PREFIX = "edgepress-"
 
 

@@ -22,6 +22,8 @@ from ..runner import RUNTIMES
 from .ssh import Address
 
 TARGETS = ("local", "ssh")
+WRITTEN_FOR = ("onnx", "openvino")
+"""Runtimes that a target can name; artifacts of others are measured too, on the CPU of any."""
 PLANNED = {"cuda": "ONNX Runtime on an NVIDIA GPU", "tensorrt": "TensorRT"}
 
 THERE_IS = (
@@ -177,7 +179,8 @@ def listing_of(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         environment = device.environment(0)
         cpus = environment["cpus"]
         for n in sorted({1, cpus}):
-            for runtime, (package, _) in RUNTIMES.items():
+            for runtime in WRITTEN_FOR:
+                package = RUNTIMES[runtime][0]
                 lacking = _lacking(environment, runtime)
                 note = f"{n} of {cpus} threads, {package} {environment['packages'].get(package)}"
                 one = replace(target, runtime=runtime, threads=n)
@@ -196,5 +199,5 @@ def _fitting(target: Target, cpus: int) -> Target:
 
 def _lacking(environment: dict[str, Any], runtime: str) -> list[str]:
     """Packages that ``runtime`` needs; of one that cannot be measured at all, which ``load.benchmark`` says, none."""
-    needed = ["numpy", RUNTIMES[runtime][0]] if runtime in RUNTIMES else []
+    needed = ["numpy", RUNTIMES[runtime][0].partition(".")[0]] if runtime in RUNTIMES else []
     return [package for package in needed if package not in environment["packages"]]
