@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import shutil
+import socket
 import tarfile
 import tempfile
 import uuid
@@ -45,8 +47,10 @@ def on_ray(cells: Sequence[Cell], runs: Path, tell: Tell, *, address: str) -> En
     mine = not ray.is_initialized()
     if mine:
         try:
+            if host := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):  # Ray itself knocks for minutes
+                socket.create_connection((host[1].strip("[]"), int(host[2])), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, OverflowError, ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())
             raise UnavailableError(
                 f"No Ray cluster answers at '{address}': {said} 'ray start --head' begins one."

@@ -162,12 +162,15 @@ def _sweep_table(found: Sequence[dict[str, Any]]) -> None:
     from ..benchmarks.tables import COLUMNS, plain_table
     from ..benchmarks.tables import cells as texts
 
+    shown = [COLUMNS.index(name) for name in ("variant", "speedup", "quality", "drop", "p50 ms", "MB")]
     lines = []
     for cell in found:
         rows = [row for row in (cell["original"], *cell["results"]) if row and row["name"] == cell["chosen"]]
-        lines.append([cell["name"], cell["state"], *(texts(rows[0], cell["original"]) if rows else [cell["said"]])])
+        figures = texts(rows[0], cell["original"]) if rows else []
+        lines.append([cell["name"], cell["state"], *([figures[at] for at in shown] if figures else [cell["said"]])])
     width = max(map(len, lines), default=0)
-    plain_table(["cell", "state", *COLUMNS][:width], [line + [""] * (width - len(line)) for line in lines])
+    header = ["cell", "state", *(COLUMNS[at] for at in shown)]
+    plain_table(header[:width], [line + [""] * (width - len(line)) for line in lines])
 
 
 def _numbers(text: str, option: str) -> list[int]:

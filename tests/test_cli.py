@@ -255,7 +255,7 @@ def test_labels_the_wrong_way_round(
         (["export", "zoo:minilm-reviews", "--to", "tensorrt", "--scheme", "int4"], "cannot write the scheme 'int4'"),
         (["export", "zoo:minilm-reviews", "--capability", "sm89"], "--capability is of --to tensorrt"),
         (["quantize", "zoo:minilm-reviews", "--scheme", "int3"], "no scheme 'int3'"),
-        (["export", "zoo:minilm-reviews", "--to", "openvino", "--scheme", "int4"], "cannot write the scheme 'int4'"),
+        (["export", "zoo:minilm-reviews", "--to", "openvino", "--scheme", "fp8"], "cannot write the scheme 'fp8'"),
         (["prune", "zoo:minilm-reviews", "--recover", "hope"], "no recovery 'hope'"),
         (["prune", "zoo:minilm-reviews", "--speedup", "2x", "--ratio", "0.5"], "--speedup or --ratio, not both"),
         (["prune", "zoo:minilm-reviews", "--speedup", "2x", "--uniform"], "--speedup or --uniform, not both"),

@@ -148,7 +148,7 @@ def test_openvino_is_a_target(
     ("args", "why"),
     [
         (("compress", "--recipe", "recipe.yaml"), "The openvino runtime cannot write the scheme 'int8-dynamic'"),
-        (("prune", "--speedup", "2x", "--precision", "int4"), "The openvino runtime cannot write the scheme 'int4'"),
+        (("prune", "--speedup", "2x", "--precision", "fp8"), "The openvino runtime cannot write the scheme 'fp8'"),
         (("quantize", "--max-drop", "1%"), "measured in ONNX Runtime, not on 'cpu:openvino'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import sys
@@ -100,7 +101,7 @@ def test_cells_that_fail_and_are_mended(grid: Any, edgepress: Any, reviews_csv: 
     assert again["data=late.csv"]["state"] == "done"
     assert again["data=reviews.csv"] == good
 
-    shown = edgepress("compare", out / sweep.RESULTS)
+    shown = edgepress("compare", out / sweep.RESULTS, env={**os.environ, "COLUMNS": "200"})
     assert shown.returncode == 0
     assert shown.stdout.count("int8-dynamic") >= 2
     with sqlite3.connect(out / sweep.RESULTS) as store:

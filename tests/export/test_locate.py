@@ -76,7 +76,7 @@ def test_the_error_of_an_export_names_the_operator(
 ) -> None:
     exported = backend.export
 
-    def spoilt(given: Any) -> onnx.ModelProto:
+    def spoilt(given: Any, *options: Any) -> onnx.ModelProto:
         graph = exported(given)
         _spoil(graph, _node(graph, LAYER), np.negative)
         return graph
