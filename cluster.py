@@ -15,6 +15,7 @@ import shutil
 import socket
 import tarfile
 import tempfile
+import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ TRIES = 3
 """How many machines may be lost over one cell before it counts as failed."""
 PATIENCE = 60
 """Seconds without any machine, after which the sweep ends; what is done is kept."""
+DOUBT = 30
+"""Seconds for which a node on which a cell was lost gets no other: Ray lists it for a while after it is gone."""
 MARK = ".sweep"
 
 
@@ -70,29 +73,36 @@ def _dispatched(ray: Any, waiting: deque[Cell], runs: Path, mark: str, tell: Tel
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     work = ray.remote(num_cpus=0, max_retries=0)(_work)
-    at_work: dict[Any, tuple[Cell, str]] = {}
+    at_work: dict[Any, tuple[Cell, str, str]] = {}
     lost: Counter[str] = Counter()
-    alone = 0
+    doubted: dict[str, float] = {}
+    last_seen = time.monotonic()
     while waiting or at_work:
-        machines = _machines(ray.nodes())
-        alone = 0 if machines else alone + 1
-        if alone > PATIENCE:
+        now = time.monotonic()
+        machines = _machines([node for node in ray.nodes() if doubted.get(node["NodeID"], 0) < now])
+        last_seen = now if machines or at_work else last_seen
+        if now - last_seen > PATIENCE:
             raise UnavailableError("The Ray cluster has no machine any more; the same command goes on when it has.")
-        busy = {address for _, address in at_work.values()}
+        busy = {address for _, address, _ in at_work.values()}
         for address in [one for one in machines if one not in busy]:
             if waiting:
                 cell = waiting.popleft()
                 there = NodeAffinitySchedulingStrategy(machines[address], soft=False)
                 task = work.options(scheduling_strategy=there)
-                at_work[task.remote(cell.recipe.model_dump(mode="json"), str(runs), cell.key, mark)] = cell, address
+                begun = task.remote(cell.recipe.model_dump(mode="json"), str(runs), cell.key, mark)
+                at_work[begun] = cell, address, machines[address]
                 tell(cell.key, f"on {address}")
-        ready, _ = ray.wait(list(at_work), timeout=1) if at_work else ([], [])
+        if not at_work:
+            time.sleep(1)
+            continue
+        ready, _ = ray.wait(list(at_work), timeout=1)
         for reference in ready:
-            cell, address = at_work.pop(reference)
+            cell, address, node = at_work.pop(reference)
             try:
                 ending, packed = ray.get(reference)
             except RayError as error:
                 lost[cell.key] += 1
+                doubted[node] = time.monotonic() + DOUBT
                 if lost[cell.key] < TRIES:
                     tell(cell.key, f"{address} was lost; waiting for another machine")
                     waiting.appendleft(cell)
