@@ -186,5 +186,7 @@ def _relay(progress: Progress | None) -> Callable[[str], None]:
         word, *numbers = text.split()
         if progress and word == "progress" and len(numbers) == 2:
             progress(int(numbers[0]), int(numbers[1]), "rounds")
+        elif progress and word == "waiting":
+            progress(0, 0, "waiting for another measurement to end there")
 
     return line
