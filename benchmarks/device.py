@@ -97,7 +97,7 @@ def providers() -> list[str]:
     return sorted(name for name in names if name != shared)
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=None)  # noqa: UP033 - Python 3.8 has no other
 def gpu() -> dict[str, Any] | None:
     """The first NVIDIA GPU, as its driver's own library tells, and the newest CUDA that the driver runs; or None."""
     try:

@@ -18,10 +18,15 @@ from .generate import PAST
 
 @contextmanager
 def open_onnx(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> Iterator[OnnxSession]:
-    """Open an artifact for running; ``threads`` is the size of the pool that one operator is split over."""
-    if device != "cpu":
-        raise UsageError(f"The onnx runtime runs on 'cpu', not on '{device}'.")
+    """Open an artifact, on "cpu" or "cuda"; ``threads`` is the size of the pool that one operator is split over."""
+    if device not in {"cpu", "cuda"}:
+        raise UsageError(f"The onnx runtime runs on 'cpu' or 'cuda', not on '{device}'.")
     import onnxruntime
+
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        onnxruntime.preload_dlls()
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -30,12 +35,16 @@ def open_onnx(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> I
         session = onnxruntime.InferenceSession(
             artifact.model_file,
             options,
-            providers=["CPUExecutionProvider"],
+            providers=providers,
             disabled_optimizers=list(artifact.manifest.session.disabled_optimizers),
         )
     except Exception as error:
         # ONNX Runtime's own exceptions derive from Exception alone, one class per status code.
         raise InputError(f"ONNX Runtime cannot load {artifact.model_file}: {str(error).splitlines()[0]}") from error
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise UnavailableError(
+            "ONNX Runtime cannot load its CUDA provider here: pip install 'onnxruntime-gpu[cuda,cudnn]' brings it."
+        )
     yield OnnxSession(session)
 
 

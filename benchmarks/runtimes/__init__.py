@@ -1,8 +1,8 @@
 """Runtimes: one file each, with ``open_model(artifact, threads, feeds)``.
 
 It opens the file ``artifact["model"]`` and returns a function of no arguments that runs it once on ``feeds``, arrays by
-input name, waits for it, and returns the outputs where they are: arrays, or what has ``numpy()``. Inputs and outputs lie
-in buffers of the device that are made once, as in an application that keeps its own; no copy is in what is timed.
+input name, waits for it, and returns the outputs where they are: arrays, or what becomes one by ``runner.on_host``.
+Inputs and outputs lie in buffers of the device, made once, as in an application that keeps its own: no copy is timed.
 ``artifact`` is plain data from the manifest and the target: ``device`` is "cpu" or "cuda", ``form`` a way to run there.
 
 Where a runtime cannot run there it ends the process with one sentence (``SystemExit``), which becomes the error that

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX, on an NVIDIA GPU: buffers on the device, and a CUDA graph where the engine can be captured.
+"""TensorRT and TensorRT-RTX, on an NVIDIA GPU: buffers on the device, and a CUDA graph of what can be captured.
 
 It opens the engine as :mod:`edgepress.export.backends.tensorrt` does, so it runs where edgepress is.
 """

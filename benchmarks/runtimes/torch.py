@@ -21,11 +21,12 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
     import torch
+
+    torch.set_num_threads(threads)
     from edgepress.models import checkpoint
     from edgepress.models.data import Data
     from edgepress.models.workload import answer
 
-    torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
     device, form, dtype = artifact["device"], artifact["form"], getattr(torch, DTYPES[artifact["precision"]])
     workload = checkpoint.read(Path(artifact["model"]).parent, Data.empty(), artifact["function"])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import torch
 
 from ...errors import InputError, ParityError, UnavailableError, UsageError
@@ -94,7 +95,8 @@ def write(
         if opset not in {None, written}:
             raise UsageError(f"{workload.name} in {plan.scheme} needs operator set {written} at least, not {opset}.")
         described = artifacts.describe(workload, plan, final, runtime="onnx", file=MODEL_FILE, name=name, base=base)
-        tools = {tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")}
+        tools = {tool: version(tool) for tool in ("torch", "onnx", "transformers")}
+        tools["onnxruntime"] = onnxruntime.__version__  # whatever its build is called
         more = {"session": FORMS[form], "tools": tools, "opset": written}
         manifest = described.model_copy(update={**more, **costs})
         with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as opened:
