@@ -133,7 +133,7 @@ def _check_runtimes(artifacts: Sequence[Artifact], where: Target) -> None:
         elif lacks := targets.missing.here(runtime, where.device, where.way(runtime)[0]):
             first, *others = lacks
             if others or not first.command:
-                raise UnavailableError(f"{artifact.folder}: {targets.missing.sentence(lacks)}")
+                raise UnavailableError(f"{artifact.folder} cannot run here: {targets.missing.sentence(lacks)}")
             raise UnavailableError(
                 f"{artifact.folder} runs on {first.what}, which is missing: {first.command} brings it."
             )

@@ -156,7 +156,8 @@ def _measured(
 ) -> list[list[Measurement]]:
     """What ``words`` name, interleaved in each shape on each target; hosts work at the same time.
 
-    ``sizes`` are the options --batch and --seq, ``source`` is data, columns and metric: with data everything is judged before it is measured.
+    ``sizes`` are the options --batch and --seq, ``source`` is data, columns and metric: with data everything is judged
+    before it is measured.
     """
     from .. import recipe
     from ..benchmarks import judge as judging

@@ -150,7 +150,7 @@ def check(target: Target, runtime: str = "") -> None:
     runtime = runtime or target.runtime
     lacks = missing.here(runtime, target.device, target.way(runtime)[0])
     if lacks:
-        raise UnavailableError(missing.sentence(lacks))
+        raise UnavailableError(f"The target '{target}' cannot run here: {missing.sentence(lacks)}")
 
 
 @contextmanager

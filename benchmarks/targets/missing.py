@@ -22,12 +22,11 @@ ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime; pip install 'onnxruntime-gpu[cu
 class Lack:
     what: str
     command: str
-    """Empty where no command adds it."""
+    """Empty where no command adds it, and ``hint`` says what helps."""
     hint: str = ""
-    """What to do then."""
 
     def __str__(self) -> str:
-        return f"{self.what} is missing: {self.command} brings it" if self.command else f"{self.what}: {self.hint}"
+        return f"{self.what} is missing: {f'{self.command} brings it' if self.command else self.hint}"
 
 
 def sentence(lacks: Sequence[Lack]) -> str:
@@ -47,7 +46,7 @@ def here(runtime: str, device: str = "cpu", form: str = "") -> list[Lack]:
     elif runtime == "tensorrt" and not any(map(find_spec, LIBRARIES)):
         found.append(Lack("TensorRT", "pip install 'edgepress[tensorrt]'"))
     elif runtime == "torch" and device == "cuda" and not _torch_has_cuda():
-        cuda = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+        cuda = "pip install --force-reinstall --index-url https://pypi.org/simple torch"
         found.append(Lack("PyTorch for CUDA", cuda))
     if form == "compile":
         found += _compiler()
@@ -56,8 +55,8 @@ def here(runtime: str, device: str = "cpu", form: str = "") -> list[Lack]:
 
 def _no_gpu() -> Lack:
     if not gpu_without_driver():
-        hint = "a machine that has one measures with --target ssh://user@host/cuda, or with edgepress installed there"
-        return Lack("there is no NVIDIA GPU here", "", hint)
+        hint = "a machine that has one is measured with --target ssh://user@host/cuda, or with edgepress on it"
+        return Lack("an NVIDIA GPU", "", hint)
     ubuntu = "sudo ubuntu-drivers install" if shutil.which("ubuntu-drivers") else ""
     return Lack("the NVIDIA GPU's driver", ubuntu or "sudo apt-get install nvidia-driver")
 
