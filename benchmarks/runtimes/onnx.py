@@ -6,6 +6,8 @@ Source: onnxruntime.ai/docs/api/python, "IOBinding"; .../execution-providers, "C
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -28,18 +30,37 @@ def session(artifact: dict[str, Any], threads: int) -> Any:
     # An idle session's threads go on spinning for their next run, and take the CPUs from the session being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     wanted = providers(artifact)
-    if artifact.get("device") == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # the libraries of CUDA that pip brought
-    made = onnxruntime.InferenceSession(
-        artifact["model"], options, providers=wanted, disabled_optimizers=artifact["disabled_optimizers"]
-    )
-    first = wanted[0][0] if isinstance(wanted[0], tuple) else wanted[0]
-    if first not in made.get_providers():
+
+    def made() -> Any:
+        disabled = artifact["disabled_optimizers"]
+        return onnxruntime.InferenceSession(artifact["model"], options, providers=wanted, disabled_optimizers=disabled)
+
+    if artifact.get("device", "cpu") == "cpu":
+        return made()
+    _preload(artifact.get("form", ""))
+    first, why = wanted[0][0], "it took another"
+    try:
+        found = made()
+    except Exception as error:  # ONNX Runtime's own derive from it alone
+        found, why = None, next(iter(str(error).splitlines()), type(error).__name__)
+    if found is None or first not in found.get_providers():
+        brings = "tensorrt" if first == PROVIDERS["tensorrt"] else "'onnxruntime-gpu[cuda,cudnn]'"
         raise SystemExit(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load its {first} here: pip install "
-            f"{_brings(first)} brings the libraries that it needs."
+            f"ONNX Runtime {onnxruntime.__version__} does not run on its {first} here ({why}): pip install {brings} "
+            "brings the libraries that it looks for"
         )
-    return made
+    return found
+
+
+def _preload(form: str) -> None:
+    """Load the libraries of CUDA, and for ``form`` "tensorrt" those of TensorRT, that pip brought."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()
+    if form == "tensorrt":
+        with suppress(ImportError):  # where the system's own are found by themselves
+            import_module("tensorrt")
 
 
 def providers(artifact: dict[str, Any]) -> list[Any]:
@@ -74,7 +95,3 @@ def bound(opened: Any, feeds: dict[str, Any], device: str) -> Callable[[], Any]:
         return outputs
 
     return run
-
-
-def _brings(provider: str) -> str:
-    return "tensorrt" if provider == PROVIDERS["tensorrt"] else "'onnxruntime-gpu[cuda,cudnn]'"
