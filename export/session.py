@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, UnavailableError, UsageError
-from .artifact import Artifact
+from .artifact import Artifact, Session
 from .generate import PAST
 
 
@@ -80,17 +80,22 @@ def open_openvino(artifact: Artifact, *, device: str = "cpu", threads: int = 1) 
     if device != "cpu":
         raise UsageError(f"The openvino runtime runs on 'cpu', not on '{device}'.")
     library = openvino()
-    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    told = artifact.manifest.session
-    if told.inference_precision:
-        settings["INFERENCE_PRECISION_HINT"] = told.inference_precision
-    if told.dynamic_quantization is not None:
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = told.dynamic_quantization
+    told = settings(artifact.manifest.session, threads)
     try:
-        compiled = library.Core().compile_model(artifact.model_file, "CPU", settings)
+        compiled = library.Core().compile_model(artifact.model_file, "CPU", told)
     except RuntimeError as error:
         raise InputError(f"OpenVINO cannot load {artifact.model_file}: {reason(error)}") from error
     yield OpenVinoSession(compiled)
+
+
+def settings(told: Session, threads: int) -> dict[str, Any]:
+    """What OpenVINO is told on the CPU."""
+    found: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    if told.inference_precision:
+        found["INFERENCE_PRECISION_HINT"] = told.inference_precision
+    if told.dynamic_quantization is not None:
+        found["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = told.dynamic_quantization
+    return found
 
 
 def reason(error: RuntimeError) -> str:
