@@ -174,6 +174,9 @@ def _measured(
     batches, sequences = _numbers(sizes[0], "--batch"), _numbers(sizes[1], "--seq")
     shapes = [(batch, sequence) for batch in batches for sequence in sequences]
     parsed = [targets.parse(name) for name in names]
+    if len(artifacts) == len(set(words)):  # else once the models are loaded
+        for target in parsed:
+            load.check([*artifacts.values()], target, shapes, options.get("past", 0))
     with ExitStack() as stack:
         screen = Screen(stack)
         subjects: list[Artifact] = []

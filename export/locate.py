@@ -103,7 +103,7 @@ def from_graph(
     ``reference``; None where there is none."""
     known = {name for node in reference.graph.node for name in node.output if name}
     points = [(node.name, name) for node in graph.graph.node for name in node.output if name in known]
-    return _bisected(graph, points, lambda at: _run(reference, points[at][1], feeds), feeds, limit, look or _run)
+    return _bisected(graph, points, lambda at: _run(reference, points[at][1], feeds), feeds, limit, look=look or _run)
 
 
 def from_module(
@@ -112,8 +112,6 @@ def from_module(
     """The first layer of ``graph`` whose output is more than ``limit`` away from the module's; None where there is
     none. Of a layer that became several nodes it is the last that is compared."""
     layers = {path: layer for path, layer in workload.module.named_modules() if path and not any(layer.children())}
-    if PAST_IDS in feeds:  # the graph is of a module around it
-        layers = {f"model.{path}": layer for path, layer in layers.items()}
     last: dict[str, tuple[str, str]] = {}
     for node in graph.graph.node:
         path = node.name.rsplit("/", 1)[0]
@@ -124,7 +122,7 @@ def from_module(
     def reference(at: int) -> Array | None:
         return _answer(workload, layers[list(last)[at]], feeds)
 
-    return _bisected(graph, list(last.values()), reference, feeds, limit, look or _run)
+    return _bisected(graph, list(last.values()), reference, feeds, limit, look=look or _run)
 
 
 def _bisected(
@@ -133,6 +131,7 @@ def _bisected(
     reference: Callable[[int], Array | None],
     feeds: Feeds,
     limit: float,
+    *,
     look: Look,
 ) -> Departure | None:
     @cache
