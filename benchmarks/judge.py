@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ..models.tasks import Task
 from ..models.workload import PAST, Progress
 from ..plan import read_json
 from .environment import usable_cpus
-from .runtimes.torch import DTYPES
+from .runtimes.torch import DTYPES, narrowed, placed
 from .subjects import Original
 from .targets import Target
 
@@ -125,7 +125,7 @@ def _judged_by(found: Judge, metric: str | None) -> Data:
         raise UsageError(f"'{metric}' does not judge the answers of {found.task.name} (these do: {known}).")
     if rows.labels is None and not measure.against_original:
         raise UsageError(f"The rows have no labels for '{metric}'; they can be judged by {found.task.fidelity}.")
-    return Data(found.data.train, found.data.calibration, rows, metric)
+    return replace(found.data, metric=metric)
 
 
 def qualities(
@@ -155,14 +155,13 @@ def _opened(subject: Artifact, where: Target) -> Iterator[Callable[[dict[str, ND
     names = subject.manifest.inputs
     if isinstance(subject, Original):
         _, precision = where.way("torch")
-        module = copy.deepcopy(subject.workload.module).to(device, getattr(torch, DTYPES[precision]))
-        dtype = next((one.dtype for one in module.parameters()), torch.float32)
+        dtype = getattr(torch, DTYPES[precision])
+        module = narrowed(copy.deepcopy(subject.workload.module), device, dtype)
 
         def answered(feeds: Feeds) -> NDArray[Any]:
-            tensors = {name: torch.from_numpy(feeds[name]).to(device) for name in names if name in feeds}
-            cast = {name: one.to(dtype) if one.is_floating_point() else one for name, one in tensors.items()}
+            inputs = {name: placed(feeds[name], device, dtype) for name in names if name in feeds}
             with torch.inference_mode():
-                made: NDArray[Any] = workloads.answer(module(**cast)).float().numpy(force=True)
+                made: NDArray[Any] = workloads.answer(module(**inputs)).float().numpy(force=True)
             return made
 
         yield answered

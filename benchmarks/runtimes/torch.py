@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -30,7 +31,7 @@ def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) ->
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
     device, form, dtype = artifact["device"], artifact["form"], getattr(torch, DTYPES[artifact["precision"]])
     workload = checkpoint.read(Path(artifact["model"]).parent, Data.empty(), artifact["function"])
-    module = workload.module.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    module = narrowed(workload.module, device, dtype)
     inputs = {name: placed(array, device, dtype) for name, array in feeds.items()}
     called: Callable[..., Any] = torch.compile(module, dynamic=False) if form == "compile" else module
     mode = torch.no_grad if form else torch.inference_mode  # of which eager is the faster, and graphs know the other
@@ -55,6 +56,18 @@ def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) ->
         return found
 
     return run
+
+
+def narrowed(module: Module, device: str, dtype: Any) -> Module:
+    """``module`` itself on ``device``, its weights in ``dtype``; what it computes from no weights, such as the
+    frequencies of rotary positions, keeps its precision, as where a model is loaded in ``dtype``."""
+    weights = set(module.state_dict())
+    kept = [(name, buffer) for name, buffer in module.named_buffers() if name not in weights]
+    module.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    for name, buffer in kept:
+        owner, _, last = name.rpartition(".")
+        module.get_submodule(owner)._buffers[last] = buffer.to(device)
+    return module
 
 
 def placed(array: Any, device: str, dtype: Any) -> Tensor:
