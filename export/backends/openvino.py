@@ -87,9 +87,9 @@ def write(
             try:
                 proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
             except ParityError as error:
-                source = partial(onnx_backend.export, dequantized(workload, plan))
+                made_from = partial(onnx_backend.export, dequantized(workload, plan))
                 look = partial(_look, SESSIONS[plan.scheme])
-                raise ParityError(f"{error}{locate.whence(workload, plan.scheme, graph, source, look)}") from error
+                raise ParityError(f"{error}{locate.whence(workload, plan.scheme, graph, made_from, look)}") from error
         kept.save(place)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)

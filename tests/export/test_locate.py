@@ -87,6 +87,7 @@ def test_the_error_of_an_export_names_the_operator(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # a decoder is traced with its past
 def test_the_error_of_a_step_after_a_past_names_the_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
