@@ -232,8 +232,8 @@ def _numbered(artifact: Artifact, cases: Sequence[reference.Case]) -> Feeds:
 
 def _relay(progress: Progress | None) -> Callable[[str], None]:
     def line(text: str) -> None:
-        word, *numbers = text.split()
-        if progress and word == "progress" and len(numbers) == 2:
-            progress(int(numbers[0]), int(numbers[1]), "rounds")
+        words = text.split()  # libraries say something too, and empty lines
+        if progress and words[:1] == ["progress"] and len(words) == 3:
+            progress(int(words[1]), int(words[2]), "rounds")
 
     return line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,30 @@ def test_onnx_writes_every_run_into_the_same_buffers(artifacts: list[Artifact]) 
         (found,) = (runner.on_host(one) for one in run())
         np.testing.assert_array_equal(found, wanted[0])
     assert run()[0] is run()[0]
+
+
+@pytest.mark.skipif("cuda" in device.providers(), reason="ONNX Runtime has its CUDA provider here")
+@pytest.mark.parametrize("form", ["", "tensorrt"])
+def test_onnx_does_not_fall_back_to_the_cpu(artifacts: list[Artifact], form: str) -> None:
+    told = {"model": str(artifacts[0].model_file), "disabled_optimizers": [], "device": "cuda", "form": form}
+    name = "TensorrtExecutionProvider" if form else "CUDAExecutionProvider"
+    with pytest.raises(SystemExit, match=rf"does not run on its {name} here .*: pip install .* brings the libraries"):
+        onnx_runtime.session(told, 1)
+
+
+def test_what_libraries_print_is_no_part_of_the_answer(artifacts: list[Artifact], tmp_path: Path) -> None:
+    """A runtime that talks on both streams, as ONNX Runtime does of libraries that it does not find."""
+    shutil.copy(runner.__file__, tmp_path / "runner.py")
+    (tmp_path / "runtime_onnx.py").write_text(
+        "import os\n\ndef open_model(artifact, threads, feeds):\n    print('loud')\n    os.write(1, b'louder')\n"
+        "    return lambda: [next(iter(feeds.values()))]\n"
+    )
+    np.savez(tmp_path / "feeds.npz", **{"0.input.x": np.arange(3.0)})
+    job = {"mode": "answers", "threads": 1, "values": 9, "artifacts": [{"runtime": "onnx", "feeds": "feeds.npz"}]}
+    command = [sys.executable, "runner.py", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout) == {"answers": [[{"shape": [3], "values": [0.0, 1.0, 2.0]}]]}
+    assert "louder" in done.stderr
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("bf16", 5e-2)])
