@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,9 @@ def open_onnx(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> I
 
     providers: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":
-        onnxruntime.preload_dlls()
+        if hasattr(onnxruntime, "preload_dlls"):
+            with redirect_stdout(sys.stderr):  # where it then says what it does not find
+                onnxruntime.preload_dlls()
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
 
     options = onnxruntime.SessionOptions()
