@@ -49,7 +49,9 @@ def benchmark(
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
     where = targets.parse(target)
-    check(artifacts, where, [(batch, sequence)], past)
+    check(artifacts, where)
+    for artifact in artifacts:
+        _check_shape(artifact, batch, sequence, past)
     if not _has_axis(artifacts[0], "sequence"):
         sequence = 0
     runtimes = (artifact.manifest.runtime for artifact in artifacts)
@@ -101,15 +103,7 @@ def benchmark(
     ]
 
 
-def check(artifacts: Sequence[Artifact], where: Target, shapes: Sequence[tuple[int, int]], past: int = 0) -> None:
-    """Raise what :func:`benchmark` does for artifacts that do not run on a target, or not in these shapes."""
-    _check_runtimes(artifacts, where)
-    for artifact in artifacts:
-        for batch, sequence in shapes:
-            _check_shape(artifact, batch, sequence, past)
-
-
-def _check_runtimes(artifacts: Sequence[Artifact], where: Target) -> None:
+def check(artifacts: Sequence[Artifact], where: Target) -> None:
     """Raise UsageError where an artifact does not run on the target, UnavailableError for what is missing here."""
     for artifact in artifacts:
         runtime = artifact.manifest.runtime

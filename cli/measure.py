@@ -176,7 +176,7 @@ def _measured(
     parsed = [targets.parse(name) for name in names]
     if len(artifacts) == len(set(words)):  # else once the models are loaded
         for target in parsed:
-            load.check([*artifacts.values()], target, shapes, options.get("past", 0))
+            load.check([*artifacts.values()], target)
     with ExitStack() as stack:
         screen = Screen(stack)
         subjects: list[Artifact] = []
@@ -189,7 +189,7 @@ def _measured(
             place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             subjects.append(original(model, place / "checkpoint", word))
         for target in parsed:  # all, before anything is measured; and what was sent for one shape is there for the next
-            load.check(subjects, target, shapes, options.get("past", 0))
+            load.check(subjects, target)
             stack.enter_context(targets.connect(target, *(one.manifest.runtime for one in subjects)))
         qualities: dict[str, list[Quality | None]] = {str(target): [None] * len(subjects) for target in parsed}
         if data:

@@ -264,15 +264,16 @@ def listing_of(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         cpus = environment["cpus"]
         for runtime, kind, form in (word for word in WORDS if word[0] not in {*AT_HOME, "executorch"} and not word[2]):
             package = RUNTIMES[runtime][0]
-            lacks = [missing.Lack("an NVIDIA GPU", "")] if missing.no_gpu(environment, kind) else []
-            said = "" if not lacks else f"there is no NVIDIA GPU on {target.where}, or no driver of it"
-            lacking = missing.there(environment, runtime, kind)
-            if lacking and not lacks:
-                said = device.lack(lacking)
-                lacks = [missing.Lack(" and ".join(lacking), device.adding(lacking))]
+            lacks, said = [], []
+            if missing.no_gpu(environment, kind):
+                lacks.append(missing.Lack("an NVIDIA GPU", ""))
+                said.append(f"There is no NVIDIA GPU on {target.where}, or no driver of it")
+            if lacking := missing.there(environment, runtime, kind):
+                lacks.append(missing.Lack(" and ".join(lacking), device.adding(lacking)))
+                said.append(device.lack(lacking))
             for n in sorted({1, cpus}) if kind == "cpu" else [0]:
                 place = f"{n} of {cpus} threads" if n else str((environment.get("gpu") or {}).get("name"))
-                note = said or f"{place}, {package} {environment['packages'].get(package)}"
+                note = ". ".join(said) or f"{place}, {package} {environment['packages'].get(package)}"
                 one = replace(target, runtime=runtime, device=kind, threads=n, form=form)
                 rows.append(_row(str(one), runtime, note, lacks, environment["packages"]))
     return environment, rows
