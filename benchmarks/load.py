@@ -51,7 +51,7 @@ def benchmark(
     where = targets.parse(target)
     check(artifacts, where)
     for artifact in artifacts:
-        _check_shape(artifact, batch, sequence, past)
+        check_shape(artifact, batch, sequence, past)
     if not _has_axis(artifacts[0], "sequence"):
         sequence = 0
     runtimes = (artifact.manifest.runtime for artifact in artifacts)
@@ -168,7 +168,8 @@ def _size(axis: Axis, batch: int, sequence: int, past: int) -> int:
     return known.get(axis.name, sequence)
 
 
-def _check_shape(artifact: Artifact, batch: int, sequence: int, past: int) -> None:
+def check_shape(artifact: Artifact, batch: int, sequence: int, past: int) -> None:
+    """Raise UsageError where ``artifact`` was not proven for these sizes."""
     if past and not _has_axis(artifact, "past_sequence"):
         raise UsageError(f"{artifact.folder} takes no keys and values of tokens before: export it with --cache.")
     for name, spec in artifact.manifest.inputs.items():

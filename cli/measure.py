@@ -193,6 +193,9 @@ def _measured(
             stack.enter_context(targets.connect(target, *(one.manifest.runtime for one in subjects)))
         qualities: dict[str, list[Quality | None]] = {str(target): [None] * len(subjects) for target in parsed}
         if data:
+            for one in subjects:  # before what takes long
+                for size, length in shapes:
+                    load.check_shape(one, size, length, options.get("past", 0))
             by = judging.judge(subjects, data, columns=mapping, metric=metric, seed=seed)
             made: dict[tuple[str, str], list[Quality | None]] = {}
             for target in parsed:
