@@ -112,7 +112,7 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     Stages that are finished in ``out`` are used again; the last measurement too, if ``resume``. Raises the errors of
     errors.py for input that cannot be used, before anything is computed where that is possible.
     """
-    target = targets.parse(recipe.target)
+    target = targets.to_write_for(recipe.target)
     scorers.get(recipe.score.method)
     for scheme in recipe.quantize.tried(target.runtime) if recipe.quantize else ():
         quantizers.get(scheme)

@@ -67,6 +67,7 @@ def row(item: Measurement, faster: Speedup | None) -> dict[str, Any]:
         "name": item.name,
         "artifact": item.artifact,
         "target": item.target,
+        "runtime": item.runtime,
         "precision": item.precision,
         "params": item.params,
         "macs": item.macs,

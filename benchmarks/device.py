@@ -10,6 +10,7 @@ it (``keep``) where nobody has asked for anything for long: a client that was lo
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -23,6 +24,8 @@ import sysconfig
 import tempfile
 import time
 from contextlib import suppress
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,10 @@ except ImportError:  # Windows, or a Python older than 3.8
     sys.exit("edgepress measures on devices with a POSIX system and Python 3.8 or later")
 
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-PACKAGES = ("edgepress", "numpy", "onnx", "onnxruntime", "openvino", "executorch", "torch", "transformers")
+PACKAGES = (
+    *("edgepress", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "executorch", "tensorrt"),
+    *("tensorrt_rtx", "torch", "transformers"),
+)
 PREFIX = "edgepress-"
 
 
@@ -68,8 +74,60 @@ def fingerprint(threads: int) -> dict[str, Any]:
         "system": platform.system(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES for found in [_version(name)] if found},
+        "packages": packages(),
+        "providers": providers(),
+        "gpu": gpu(),
     }
+
+
+def packages() -> dict[str, str]:
+    """The versions of what is installed of ``PACKAGES``; ONNX Runtime's build for GPUs is ``onnxruntime`` too."""
+    found = {name: known for name in PACKAGES for known in [_version(name)] if known}
+    if "onnxruntime-gpu" in found:
+        found.setdefault("onnxruntime", found["onnxruntime-gpu"])
+    return found
+
+
+def providers() -> list[str]:
+    """What ONNX Runtime's build computes on besides the CPU: "cuda", "tensorrt". Its libraries tell, unloaded."""
+    spec = find_spec("onnxruntime")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    start, shared = "libonnxruntime_providers_", "shared"
+    names = [path.stem[len(start) :] for place in places for path in Path(place, "capi").glob(start + "*.so")]
+    return sorted(name for name in names if name != shared)
+
+
+@lru_cache(maxsize=None)  # noqa: UP033 - Python 3.8 has no other
+def gpu() -> dict[str, Any] | None:
+    """The first NVIDIA GPU, as its driver's own library tells, and the newest CUDA that the driver runs; or None."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count, number, size, name = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(128)
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    cuda.cuDriverGetVersion(ctypes.byref(number))
+    driver = number.value
+    capability = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0)
+        capability.append(str(number.value))
+    cuda.cuDeviceGetName(name, len(name), 0)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(size), 0)
+    return {
+        "name": name.value.decode(errors="replace"),
+        "count": count.value,
+        "capability": ".".join(capability),
+        "memory_bytes": size.value,
+        "cuda": f"{driver // 1000}.{driver % 1000 // 10}",
+    }
+
+
+def gpu_without_driver() -> bool:
+    """Whether an NVIDIA GPU is on the bus, whose driver then is what is missing."""
+    found = Path("/sys/bus/pci/devices").glob("*/class")
+    return any(_read(path).startswith("0x03") and "0x10de" in _read(path.parent / "vendor") for path in found)
 
 
 def _physical_cpus() -> int | None:

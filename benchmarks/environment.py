@@ -19,6 +19,8 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Why figures from ``a`` and ``b`` must not be compared; empty where they may be."""
     reasons = [f"{key} is {a.get(key)} and {b.get(key)}" for key in DECISIVE if a.get(key) != b.get(key)]
     ours, theirs = (x.get("packages", {}).get("onnxruntime") for x in (a, b))
+    if a.get("gpu") != b.get("gpu"):
+        reasons.append("the GPU is another")
     if ours != theirs:
         reasons.append(f"onnxruntime is {ours} and {theirs}")
     return reasons

@@ -158,7 +158,7 @@ def measure(
         raise UsageError(f"{workload.name} has no units whose latency could be measured: nothing of it can be removed.")
     if "input_ids" in workload.example and sequence > workload.max_length:
         raise UsageError(f"Sequence {sequence} is longer than the model's {workload.max_length} tokens.")
-    where = targets.parse(target)
+    where = targets.to_write_for(target)
     with targets.connect(where, where.runtime) as (host, where):
         machine = host.environment(where.threads)
         key = _key(workload, machine, where, (batch, sequence, precision))

@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..export import reference
 from ..export.artifact import Artifact, Axis
 from . import runner, targets
 from .measurement import Measurement
+from .subjects import Original
 from .targets import Target
 
 Feeds = dict[str, NDArray[Any]]
@@ -49,21 +49,9 @@ def benchmark(
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
     where = targets.parse(target)
+    check(artifacts, where)
     for artifact in artifacts:
-        if where.runtime not in {"onnx", artifact.manifest.runtime}:
-            raise UsageError(f"{artifact.folder} is for {artifact.manifest.runtime}; the target '{where}' is not.")
-        if artifact.manifest.runtime not in runner.RUNTIMES:
-            raise UnavailableError(
-                f"{artifact.folder} is for {artifact.manifest.runtime}, which cannot be measured yet in this version "
-                f"(what can: {', '.join(runner.RUNTIMES)})."
-            )
-        package = runner.RUNTIMES[artifact.manifest.runtime][0].partition(".")[0]
-        if where.host == "local" and find_spec(package) is None:
-            raise UnavailableError(
-                f"{artifact.folder} runs on {package}, which is missing: "
-                f"pip install 'edgepress[{artifact.manifest.runtime}]' brings it."
-            )
-        _check_shape(artifact, batch, sequence, past)
+        check_shape(artifact, batch, sequence, past)
     if not _has_axis(artifacts[0], "sequence"):
         sequence = 0
     runtimes = (artifact.manifest.runtime for artifact in artifacts)
@@ -71,16 +59,14 @@ def benchmark(
         for at, artifact in enumerate(artifacts):  # pruned models have keys and values of other sizes
             np.savez(Path(folder) / f"feeds{at}.npz", **arbitrary(artifact, batch, sequence, past))  # type: ignore[arg-type]
         shutil.copy(RUNNER, folder)
+        for runtime in {artifact.manifest.runtime for artifact in artifacts}:
+            shutil.copy(RUNNER.parent / "runtimes" / f"{runtime}.py", Path(folder) / f"runtime_{runtime}.py")
         place = host.put(Path(folder))
         jobs = [
             {
-                "runtime": artifact.manifest.runtime,
                 "model": f"{host.put(artifact.folder, artifact.needed, progress)}/{artifact.manifest.model_file}",
-                "disabled_optimizers": list(artifact.manifest.session.disabled_optimizers),
-                "inference_precision": artifact.manifest.session.inference_precision,
-                "dynamic_quantization": artifact.manifest.session.dynamic_quantization,
                 "feeds": f"{place}/feeds{at}.npz",
-                "inputs": list(artifact.manifest.inputs),
+                **_told(artifact, where),
             }
             for at, artifact in enumerate(artifacts)
         ]
@@ -89,7 +75,7 @@ def benchmark(
             text = json.dumps({"threads": where.threads, **job})
             return json.loads(host.run(["python", f"{place}/{RUNNER.name}", text], _relay(progress)))
 
-        if where.address:
+        if where.address or where.device != "cpu":
             for artifact, job in zip(artifacts, jobs, strict=True):
                 _hold_to_reference(artifact, job, host, where, run)
         memories = [run(mode="memory", artifacts=[job]) if memory else {} for job in jobs]
@@ -98,12 +84,13 @@ def benchmark(
     return [
         Measurement(
             name=artifact.name,
-            artifact=str(artifact.folder),
+            artifact=artifact.word if isinstance(artifact, Original) else str(artifact.folder),
             target=str(where),
-            precision=artifact.precision,
+            runtime=_called(artifact, where),
+            precision=job["precision"],
             params=artifact.manifest.params,
             macs=artifact.manifest.macs,
-            size_bytes=artifact.size_bytes,
+            size_bytes=artifact.size_bytes // (2 if job["precision"] != artifact.precision else 1),  # in half precision
             load_ms=used["load_ns"] / 1e6 if used else None,
             peak_rss_bytes=used["peak_rss_bytes"] if used else None,
             batch=batch,
@@ -112,8 +99,64 @@ def benchmark(
             samples_ms=tuple(ns / 1e6 for ns in taken),
             environment=environment,
         )
-        for artifact, used, taken in zip(artifacts, memories, samples, strict=True)
+        for artifact, job, used, taken in zip(artifacts, jobs, memories, samples, strict=True)
     ]
+
+
+def check(artifacts: Sequence[Artifact], where: Target) -> None:
+    """Raise UsageError where an artifact does not run on the target, UnavailableError for what is missing here."""
+    for artifact in artifacts:
+        runtime = artifact.manifest.runtime
+        if runtime not in runner.RUNTIMES or (runtime == "torch" and not isinstance(artifact, Original)):
+            raise UnavailableError(
+                f"{artifact.folder} is for {runtime}, which cannot be measured yet in this version "
+                f"(what can: {', '.join(runner.RUNTIMES)})."
+            )
+        devices = targets.RUNS_ON[runtime].split()
+        if where.device not in devices:
+            also = " and ".join({"cpu": "cpu", "cuda": "tensorrt"}[one] for one in devices)
+            raise UsageError(f"{artifact.folder} is for {runtime}; the target '{where}' is not, but {also} is.")
+        if where.runtime in {"openvino", "tensorrt"} and runtime not in {where.runtime, "torch"}:
+            raise UsageError(f"{artifact.folder} is for {runtime}; the target '{where}' is not.")
+        if where.address:
+            if runtime in targets.AT_HOME:
+                raise UsageError(
+                    f"{artifact.name} runs in {targets.TITLES[runtime]}, which is measured on this machine alone, not "
+                    f"on {where.where}: export it, or install edgepress there."
+                )
+        elif lacks := targets.missing.here(runtime, where.device, where.way(runtime)[0]):
+            first, *others = lacks
+            if others or not first.command:
+                raise UnavailableError(f"{artifact.folder} cannot run here: {targets.missing.sentence(lacks)}")
+            raise UnavailableError(
+                f"{artifact.folder} runs on {first.what}, which is missing: {first.command} brings it."
+            )
+    if where.runtime == "torch" and not any(isinstance(artifact, Original) for artifact in artifacts):
+        raise UsageError(f"The target '{where}' runs models in PyTorch, and none is given: name one: zoo:vit-fashion.")
+
+
+def _told(artifact: Artifact, where: Target) -> dict[str, Any]:
+    """What the runtime is told of ``artifact``, and how it is to run on the target."""
+    manifest = artifact.manifest
+    form, precision = where.way(manifest.runtime)
+    return {
+        "runtime": manifest.runtime,
+        "device": where.device,
+        "form": form,
+        "precision": precision if manifest.runtime == "torch" else manifest.precision,
+        "function": artifact.function if isinstance(artifact, Original) else "",
+        "disabled_optimizers": list(manifest.session.disabled_optimizers),
+        "inference_precision": manifest.session.inference_precision,
+        "dynamic_quantization": manifest.session.dynamic_quantization,
+        "inputs": list(manifest.inputs),
+    }
+
+
+def _called(artifact: Artifact, where: Target) -> str:
+    """The runtime, and how it runs: "onnx", "onnx cuda", "torch cuda compile"."""
+    runtime = artifact.manifest.runtime
+    device = where.device if where.device != "cpu" and runtime != "tensorrt" else ""
+    return " ".join(filter(None, (runtime, device, where.way(runtime)[0])))
 
 
 def _has_axis(artifact: Artifact, name: str) -> bool:
@@ -125,7 +168,8 @@ def _size(axis: Axis, batch: int, sequence: int, past: int) -> int:
     return known.get(axis.name, sequence)
 
 
-def _check_shape(artifact: Artifact, batch: int, sequence: int, past: int) -> None:
+def check_shape(artifact: Artifact, batch: int, sequence: int, past: int) -> None:
+    """Raise UsageError where ``artifact`` was not proven for these sizes."""
     if past and not _has_axis(artifact, "past_sequence"):
         raise UsageError(f"{artifact.folder} takes no keys and values of tokens before: export it with --cache.")
     for name, spec in artifact.manifest.inputs.items():
@@ -159,7 +203,7 @@ def _hold_to_reference(
 ) -> None:
     """Once in a connection: ParityError where a device does not compute what came with ``artifact``."""
     cases = reference.read(artifact)
-    model = artifact.manifest.files[artifact.manifest.model_file]
+    model = f"{artifact.manifest.files[artifact.manifest.model_file]} {where.device} {job['form']}"
     if not cases or model in host.verified:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -183,10 +227,10 @@ def _numbered(artifact: Artifact, cases: Sequence[reference.Case]) -> Feeds:
 
 def _relay(progress: Progress | None) -> Callable[[str], None]:
     def line(text: str) -> None:
-        word, *numbers = text.split()
-        if progress and word == "progress" and len(numbers) == 2:
-            progress(int(numbers[0]), int(numbers[1]), "rounds")
-        elif progress and word == "waiting":
+        words = text.split()  # libraries say something too, and empty lines
+        if progress and words[:1] == ["progress"] and len(words) == 3:
+            progress(int(words[1]), int(words[2]), "rounds")
+        elif progress and words == ["waiting"]:
             progress(0, 0, "waiting for another measurement to end there")
 
     return line

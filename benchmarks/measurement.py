@@ -43,6 +43,8 @@ class Measurement:
     quality: Quality | None = None
     past: int = 0
     """Tokens before, whose keys and values were given."""
+    runtime: str = ""
+    """What ran it, and how: "onnx", "torch compile", "onnx cuda"; empty where it was measured before that was kept."""
 
     @cached_property
     def samples(self) -> Floats:

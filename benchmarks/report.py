@@ -20,7 +20,7 @@ from .page import note, page, table
 
 Row = dict[str, Any]
 
-FIELDS = ("name", "speedup", "quality", "drop", "p50", "p90", "p99", "size_bytes", "params", "precision")
+FIELDS = ("name", "speedup", "quality", "drop", "p50", "p90", "p99", "size_bytes", "params", "precision", "runtime")
 """What each of ``tables.COLUMNS`` shows, as the ``data-field`` of its cells."""
 
 

@@ -18,8 +18,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -27,11 +28,11 @@ WINDOW = 10
 MOST_WINDOWS = 20
 
 
-def main(text: str) -> None:
+def main(text: str, answer: TextIO) -> None:
     job = json.loads(text)
     with alone():
         result = {"latency": latency, "memory": memory, "answers": answers}[job["mode"]](job)
-    json.dump(result, sys.stdout)
+    json.dump(result, answer)
 
 
 @contextmanager
@@ -59,57 +60,24 @@ def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) ->
     return opener(artifact, threads, feeds)
 
 
+def _open(runtime: str, artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
+    """By ``runtimes/NAME.py``; sent, it lies beside this file as ``runtime_NAME.py``, for libraries are called NAME."""
+    name = f"{__package__}.runtimes.{runtime}" if __package__ else f"runtime_{runtime}"
+    found: Callable[[], Any] = importlib.import_module(name).open_model(artifact, threads, feeds)
+    return found
+
+
 def read_feeds(artifact: dict[str, Any]) -> dict[str, Any]:
     with np.load(artifact["feeds"], allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def open_onnx(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # An idle session's threads go on spinning for their next run, and take the CPUs from the session being timed.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(
-        artifact["model"],
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=artifact["disabled_optimizers"],
-    )
-    return lambda: session.run(None, feeds)
-
-
-def open_openvino(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
-    import openvino
-
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    if artifact.get("inference_precision"):
-        settings["INFERENCE_PRECISION_HINT"] = artifact["inference_precision"]
-    if artifact.get("dynamic_quantization") is not None:
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = artifact["dynamic_quantization"]
-    request = openvino.Core().compile_model(artifact["model"], "CPU", settings).create_infer_request()
-    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
-
-
-def open_executorch(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
-    import torch
-    from executorch.extension.pybindings import portable_lib
-    from executorch.runtime import Runtime
-
-    portable_lib._unsafe_reset_threadpool(threads)
-    program = Runtime.get().load_program(artifact["model"])
-    method = program.load_method("forward")
-    inputs = [torch.from_numpy(feeds[name]) for name in artifact["inputs"]]
-    return lambda: method.execute(inputs)
-
-
 RUNTIMES = {
-    "onnx": ("onnxruntime", open_onnx),
-    "openvino": ("openvino", open_openvino),
-    "executorch": ("executorch.runtime", open_executorch),
+    "onnx": ("onnxruntime", partial(_open, "onnx")),
+    "openvino": ("openvino", partial(_open, "openvino")),
+    "executorch": ("executorch.runtime", partial(_open, "executorch")),
+    "tensorrt": ("edgepress.export.backends.tensorrt", partial(_open, "tensorrt")),
+    "torch": ("edgepress.models.checkpoint", partial(_open, "torch")),
 }
 """By the word of the manifest, the package, which is imported where a job needs it, and what opens a file with it."""
 
@@ -194,9 +162,16 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
         marked = f"{case}.input."
         feeds = {name[len(marked) :]: array for name, array in arrays.items() if name.startswith(marked)}
         outputs = open_model(artifact, job["threads"], feeds)()
-        outputs = list(outputs.values()) if hasattr(outputs, "values") else outputs
+        outputs = [on_host(one) for one in (outputs.values() if hasattr(outputs, "values") else outputs)]
         found.append([{"shape": one.shape, "values": spaced(one, job["values"]).tolist()} for one in outputs])
     return {"answers": found}
+
+
+def on_host(output: Any) -> Any:
+    """An output as an array, wherever the runtime left it."""
+    if hasattr(output, "is_cuda"):  # a tensor of PyTorch, whose own half precision arrays do not have
+        output = output.float().cpu() if output.is_floating_point() else output.cpu()
+    return output.numpy() if hasattr(output, "numpy") else output
 
 
 def spaced(array: Any, values: int) -> Any:
@@ -215,4 +190,6 @@ def peak_rss() -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)  # what libraries print is no part of it
+        main(sys.argv[1], answer)

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-COLUMNS = ("variant", "speedup", "quality", "drop", "p50 ms", "p90 ms", "p99 ms", "MB", "params", "precision")
+COLUMNS = (
+    *("variant", "speedup", "quality", "drop", "p50 ms", "p90 ms", "p99 ms", "MB", "params", "precision"),
+    "runtime",
+)
 
 
 def cells(row: Row, original: Row) -> list[str]:
@@ -31,6 +34,7 @@ def cells(row: Row, original: Row) -> list[str]:
         f"{row['size_bytes'] / 1e6:.1f} ({share:.0%})",
         f"{row['params'] / 1e6:.1f} M",
         row["precision"],
+        row.get("runtime", ""),
     ]
 
 
@@ -134,9 +138,9 @@ def rich_table(original: Row, results: Sequence[Row], chosen: str | None) -> Any
     from rich.text import Text
 
     table = Table(header_style="bold")
-    for number, name in enumerate(COLUMNS):
+    for name in COLUMNS:
         table.add_column(
-            name, no_wrap=name == "variant", justify="left" if number in {0, len(COLUMNS) - 1} else "right"
+            name, no_wrap=name == "variant", justify="left" if name in {"variant", "precision", "runtime"} else "right"
         )
     for row in (original, *results):
         style = "bold green" if row["name"] == chosen else ""

@@ -48,8 +48,11 @@ def targets(
         cores = f"{environment['cpus']} usable CPUs, {environment['memory_bytes'] / 1e9:.1f} GB of memory"
         print(f"device     {environment['cpu']} ({environment['arch']}), {cores}")
         print(f"python     {environment['python']}, {environment['system']} {environment['kernel']}")
-    lines = [[row["target"], "yes" if row["available"] else "no", row["note"]] for row in rows]
-    plain_table(["target", "available", ""], lines)
+    lines = []
+    for row in rows:
+        versions = ", ".join(f"{name} {found}" for name, found in row["versions"].items())
+        lines.append([row["target"], "yes" if row["available"] else "no", versions, row["note"]])
+    plain_table(["target", "available", "version", ""], lines)
 
 
 def methods(json_: Json = False, verbose: Verbose = False, seed: Seed = 0) -> None:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError, UnavailableError, UsageError
-from .options import Data, Json, Seed, TargetsOption, Verbose
+from ..errors import InputError, UsageError
+from .options import Columns, Data, Json, MetricOption, Seed, TargetsOption, Verbose
 from .screen import Screen, print_json, table
 
 if TYPE_CHECKING:
     from ..benchmarks.measurement import Measurement
     from ..export.artifact import Artifact
+    from ..models.metrics import Quality
 
 
 def bench(
-    artifacts: Annotated[list[Path], typer.Argument(help="Artifact folders; all are measured interleaved.")],
+    subjects: Annotated[
+        list[str],
+        typer.Argument(help="Artifact folders, and models, which PyTorch runs as they are; all measured interleaved."),
+    ],
     target: TargetsOption = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes: 1,8.")] = "1",
     seq: Annotated[str, typer.Option("--seq", help="Sequence lengths: 32,128.")] = "128",
@@ -30,39 +36,44 @@ def bench(
     queries: Annotated[int, typer.Option("--queries", help="Runs of each artifact.", min=30)] = 1000,
     seconds: Annotated[float, typer.Option("--seconds", help="Or this long for each, whichever ends first.")] = 10.0,
     data: Data = None,
+    columns: Columns = None,
+    metric: MetricOption = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
-    """Measure artifacts against each other; the first is the one the others are compared with."""
-    from ..benchmarks import compare as comparing
-    from ..export.artifact import open_artifact
+    """Measure artifacts and models against each other; the first is the one the others are compared with.
 
-    if data:
-        raise UnavailableError("bench --data (quality beside latency) is not available yet in this version.")
-    opened = [open_artifact(folder) for folder in artifacts]
-    shapes = [(size, length) for size in _numbers(batch, "--batch") for length in _numbers(seq, "--seq")]
+    With --data also what each answers to the rows kept for evaluation, and what is lost beside the first.
+    """
+    from ..benchmarks import compare as comparing
+
     options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
     rows: list[dict[str, Any]] = []
     environments: dict[str, Any] = {}
-    for taken in _measured(opened, target or ["cpu"], shapes, **options):
+    for taken in _measured(subjects, target or ["cpu"], (batch, seq), (data, columns, metric), seed, **options):
         rows += comparing.rows(taken)
         environments[taken[0].target] = dict(taken[0].environment)
     if json_:
         print_json({"rows": rows, "environment": next(iter(environments.values())), "environments": environments})
         return
-    per_shape = len(opened)
+    per_shape = len(subjects)
     for start in range(0, len(rows), per_shape):
         first, *others = rows[start : start + per_shape]
-        tokens = f" x sequence {first['sequence']}" if first["sequence"] else ""
-        tokens += f" after {first['past']}" if first["past"] else ""
-        print(f"{first['target']}, batch {first['batch']}{tokens}")
+        print(_heading(first))
         table(first, others, None)
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="A run folder, results.sqlite, or artifact folders to measure.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="A run folder, results.sqlite, or artifact folders and models to measure.")
+    ],
     target: TargetsOption = None,
+    batch: Annotated[str, typer.Option("--batch", help="Of what is measured: batch sizes, 1,8.")] = "1",
+    seq: Annotated[str, typer.Option("--seq", help="Of what is measured: sequence lengths, 32,128.")] = "128",
+    data: Data = None,
+    columns: Columns = None,
+    metric: MetricOption = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
@@ -70,25 +81,26 @@ def compare(
     """The table of a run against its original, of a sweep, or of artifacts measured now against the first."""
     from ..stages import read_summary
 
-    if len(runs) == 1 and runs[0].suffix == ".sqlite":
+    if len(runs) == 1 and (target or data or columns or metric or (batch, seq) != ("1", "128")):
+        raise UsageError("A run is shown as it was measured; give artifacts, two or more, to measure them now.")
+    if len(runs) == 1 and runs[0].endswith(".sqlite"):
         from .. import sweep as sweeps
 
-        found = sweeps.results(runs[0])
+        found = sweeps.results(Path(runs[0]))
         if json_:
             print_json({"cells": found})
         else:
             _sweep_table(found)
         return
     if len(runs) == 1:
-        summary = read_summary(runs[0])
+        summary = read_summary(Path(runs[0]))
         document = {name: summary[name] for name in ("original", "results", "chosen", "refused")}
         tables = [[document["original"], *document["results"]]]
     else:
         from ..benchmarks import compare as comparing
-        from ..export.artifact import open_artifact
 
-        opened = [open_artifact(folder) for folder in runs]
-        tables = [comparing.rows(taken) for taken in _measured(opened, target or ["cpu"], [(1, 128)])]
+        measured = _measured(runs, target or ["cpu"], (batch, seq), (data, columns, metric), seed)
+        tables = [comparing.rows(taken) for taken in measured]
         original, *results = [row for table in tables for row in table]
         document = {"original": original, "results": results, "chosen": None, "refused": []}
     if json_:
@@ -96,7 +108,7 @@ def compare(
         return
     for first, *others in tables:
         if len(tables) > 1:
-            print(first["target"])
+            print(_heading(first))
         table(first, others, document["chosen"])
 
 
@@ -128,30 +140,85 @@ def sweep(
         raise InputError(f"{len(failed)} of {len(found)} cells failed; {failed[0]['name']}: {failed[0]['said']}")
 
 
-def _measured(
-    artifacts: Sequence[Artifact], names: Sequence[str], shapes: Sequence[tuple[int, int]], **options: Any
-) -> list[list[Measurement]]:
-    """``artifacts`` interleaved in each shape, batch and sequence, on each target; hosts work at the same time."""
-    from ..benchmarks import load, targets
+def _heading(row: dict[str, Any]) -> str:
+    tokens = f" x sequence {row['sequence']}" if row["sequence"] else ""
+    tokens += f" after {row['past']}" if row["past"] else ""
+    return f"{row['target']}, batch {row['batch']}{tokens}"
 
+
+def _measured(
+    words: Sequence[str],
+    names: Sequence[str],
+    sizes: tuple[str, str],
+    source: tuple[str | None, str | None, str | None],
+    seed: int,
+    **options: Any,
+) -> list[list[Measurement]]:
+    """What ``words`` name, interleaved in each shape on each target; hosts work at the same time.
+
+    ``sizes`` are the options --batch and --seq, ``source`` is data, columns and metric: with data everything is judged
+    before it is measured.
+    """
+    from .. import recipe
+    from ..benchmarks import judge as judging
+    from ..benchmarks import load, targets
+    from ..benchmarks.subjects import is_model, original
+    from ..export.artifact import open_artifact
+    from ..models import workload
+
+    data, columns, metric = source
+    mapping = recipe.columns(columns) if columns else None
+    if (mapping or metric) and not data:
+        raise UsageError(f"{'--columns' if mapping else '--metric'} is of --data; give both.")
+    artifacts = {word: open_artifact(Path(word)) for word in words if not is_model(word)}
+    batches, sequences = _numbers(sizes[0], "--batch"), _numbers(sizes[1], "--seq")
+    shapes = [(batch, sequence) for batch in batches for sequence in sequences]
     parsed = [targets.parse(name) for name in names]
+    if len(artifacts) == len(set(words)):  # else once the models are loaded
+        for target in parsed:
+            load.check([*artifacts.values()], target)
     with ExitStack() as stack:
         screen = Screen(stack)
+        subjects: list[Artifact] = []
+        for word in words:
+            if word in artifacts:
+                subjects.append(artifacts[word])
+                continue
+            step = screen.progress("load")
+            model = workload.load(word, data, columns=mapping, seed=seed, progress=step)
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            subjects.append(original(model, place / "checkpoint", word))
         for target in parsed:  # all, before anything is measured; and what was sent for one shape is there for the next
-            stack.enter_context(targets.connect(target, *(artifact.manifest.runtime for artifact in artifacts)))
+            load.check(subjects, target)
+            stack.enter_context(targets.connect(target, *(one.manifest.runtime for one in subjects)))
+        qualities: dict[str, list[Quality | None]] = {str(target): [None] * len(subjects) for target in parsed}
+        if data:
+            for one in subjects:  # before what takes long
+                for size, length in shapes:
+                    load.check_shape(one, size, length, options.get("past", 0))
+            by = judging.judge(subjects, data, columns=mapping, metric=metric, seed=seed)
+            made: dict[tuple[str, str], list[Quality | None]] = {}
+            for target in parsed:
+                key = "cpu" if target.address else target.device, target.precision
+                if key not in made:
+                    step = screen.progress("evaluate")
+                    made[key] = [*judging.qualities(subjects, by, target, seed=seed, progress=step)]
+                qualities[str(target)] = made[key]
 
         def work(target: targets.Target) -> list[list[Measurement]]:
-            return [
-                load.benchmark(
-                    artifacts,
+            found = []
+            for size, length in shapes:
+                taken = load.benchmark(
+                    subjects,
                     target=str(target),
                     batch=size,
                     sequence=length,
                     progress=screen.progress(f"{target} {size}x{length}", target.where),
                     **options,
                 )
-                for size, length in shapes
-            ]
+                judged = zip(taken, qualities[str(target)], strict=True)
+                found.append([replace(one, quality=quality) for one, quality in judged])
+            return found
 
         found = targets.at_once(parsed, work)
     return [taken for of_one in found for taken in of_one]

@@ -29,4 +29,5 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings; refused otherwise.")
 ]
 WHERE = "cpu, cpu:N for N threads, cpu:openvino:N, or ssh://user@host/cpu:N for a device."
-TargetsOption = Annotated[list[str] | None, typer.Option("--target", help=f"{WHERE} More than once for several.")]
+ALSO = "Also cuda, tensorrt, torch, torch:compile: 'edgepress targets' lists all. More than once for several."
+TargetsOption = Annotated[list[str] | None, typer.Option("--target", help=f"{WHERE} {ALSO}")]

@@ -131,7 +131,7 @@ def prune(
 def _wanted(speedup: str, target: str, precision: str) -> float:
     """The speed asked for, of a target and in a precision that there are."""
     from .. import recipe
-    from ..benchmarks.targets import parse
+    from ..benchmarks.targets import to_write_for
     from ..compress import quantize as quantizers
     from ..export import backends
 
@@ -139,7 +139,7 @@ def _wanted(speedup: str, target: str, precision: str) -> float:
         raise UsageError("--speedup is measured, so one process alone can prune to it; give several a --ratio.")
     if precision != "fp32":
         quantizers.get(precision)
-    backends.writing(precision, parse(target).runtime)
+    backends.writing(precision, to_write_for(target).runtime)
     wanted = recipe.quantity("speedup", speedup)
     if wanted <= 1:
         raise UsageError(f"A speedup of {wanted:g}x asks for nothing; it must be above 1.")

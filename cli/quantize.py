@@ -192,7 +192,7 @@ def _write_mixed(
     from .. import recipe
     from ..benchmarks import compare as comparing
     from ..benchmarks import mixed
-    from ..benchmarks.targets import connect, parse
+    from ..benchmarks.targets import connect, to_write_for
     from ..compress import quantize as quantizers
     from ..compress.quantize.sensitivity import SCHEMES
     from ..export.artifact import seal
@@ -204,10 +204,11 @@ def _write_mixed(
     if scheme not in SCHEMES:
         raise UsageError(f"--max-drop keeps operators in float of {' and '.join(SCHEMES)}, not of {scheme}.")
     allowed, (target, batch, seq), (model, data, columns, metric) = recipe.quantity("drop", max_drop), where, source
-    if parse(target).runtime != "onnx":
+    at = to_write_for(target)
+    if at.runtime != "onnx":
         raise UnavailableError(f"What operators in float cost is measured in ONNX Runtime, not on '{target}'.")
     with ExitStack() as stack:
-        stack.enter_context(connect(parse(target), "onnx"))
+        stack.enter_context(connect(at, "onnx"))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workload, screen = load(stack, model, data, columns, seed, trust_remote_code, metric)
         found = mixed.fit(

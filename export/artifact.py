@@ -96,6 +96,9 @@ class Manifest(_Strict):
     inputs: dict[str, Input]
     outputs: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    architecture: str = ""
+    """The model class of transformers, or the function, that the module is of: with ``config.json``, which lies beside,
+    it tells what the answers are. Empty in artifacts written before it was kept."""
     session: Session = Session()
     engine: Engine | None = None
     opset: int | None = None
@@ -174,6 +177,7 @@ def describe(
         inputs=inputs_of(workload),
         outputs=tuple(output.name for output in outputs) or ("logits",),
         labels=workload.skeleton.labels,
+        architecture=workload.skeleton.architecture,
         operators=dict(sorted(Counter(node.op_type for node in nodes).items())),
         quantized=dict(plan.weights),
         params=workload.params,
@@ -203,8 +207,10 @@ def inputs_of(workload: Workload) -> dict[str, Input]:
 
 
 def seal_proven(folder: Path, manifest: Manifest, proof: Parity, workload: Workload) -> Manifest:
-    """Seal with the proof, and with the files that came with the workload, but for code."""
+    """Seal with the proof, the configuration, and the files that came with the workload, but for code."""
     files = {name: content for name, content in workload.files.items() if not name.endswith(".py")}
+    if not workload.skeleton.is_function:
+        files["config.json"] = (json.dumps(dict(workload.skeleton.config), indent=2) + "\n").encode()
     return seal(folder, manifest.model_copy(update={"parity": proof}), files)
 
 

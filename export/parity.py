@@ -168,10 +168,10 @@ def prove_steps(workload: Workload, run: Steps, *, precision: str) -> Parity:
         answered: NDArray[Any] = logits[:, past:].numpy() * mask[:, past:, None]
         return answered
 
-    return prove_all(workload, steps, module, partial(_split, workload), precision=precision)
+    return prove_all(workload, steps, module, partial(split, workload), precision=precision)
 
 
-def _split(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
+def split(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
     """Rows of exactly these sizes: real tokens, over and over, behind padding of 0 to 3 places."""
     count, past = sizes["batch"], sizes["past_sequence"]
     total, made = past + sizes["sequence"], inputs(workload, count)

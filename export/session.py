@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -12,16 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, UnavailableError, UsageError
-from .artifact import Artifact
+from .artifact import Artifact, Session
 from .generate import PAST
 
 
 @contextmanager
 def open_onnx(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> Iterator[OnnxSession]:
-    """Open an artifact for running; ``threads`` is the size of the pool that one operator is split over."""
-    if device != "cpu":
-        raise UsageError(f"The onnx runtime runs on 'cpu', not on '{device}'.")
+    """Open an artifact, on "cpu" or "cuda"; ``threads`` is the size of the pool that one operator is split over."""
+    if device not in {"cpu", "cuda"}:
+        raise UsageError(f"The onnx runtime runs on 'cpu' or 'cuda', not on '{device}'.")
     import onnxruntime
+
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        if hasattr(onnxruntime, "preload_dlls"):
+            with redirect_stdout(sys.stderr):  # where it then says what it does not find
+                onnxruntime.preload_dlls()
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -30,12 +38,16 @@ def open_onnx(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> I
         session = onnxruntime.InferenceSession(
             artifact.model_file,
             options,
-            providers=["CPUExecutionProvider"],
+            providers=providers,
             disabled_optimizers=list(artifact.manifest.session.disabled_optimizers),
         )
     except Exception as error:
         # ONNX Runtime's own exceptions derive from Exception alone, one class per status code.
         raise InputError(f"ONNX Runtime cannot load {artifact.model_file}: {str(error).splitlines()[0]}") from error
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise UnavailableError(
+            "ONNX Runtime cannot load its CUDA provider here: pip install 'onnxruntime-gpu[cuda,cudnn]' brings it."
+        )
     yield OnnxSession(session)
 
 
@@ -71,17 +83,22 @@ def open_openvino(artifact: Artifact, *, device: str = "cpu", threads: int = 1) 
     if device != "cpu":
         raise UsageError(f"The openvino runtime runs on 'cpu', not on '{device}'.")
     library = openvino()
-    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    told = artifact.manifest.session
-    if told.inference_precision:
-        settings["INFERENCE_PRECISION_HINT"] = told.inference_precision
-    if told.dynamic_quantization is not None:
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = told.dynamic_quantization
+    told = settings(artifact.manifest.session, threads)
     try:
-        compiled = library.Core().compile_model(artifact.model_file, "CPU", settings)
+        compiled = library.Core().compile_model(artifact.model_file, "CPU", told)
     except RuntimeError as error:
         raise InputError(f"OpenVINO cannot load {artifact.model_file}: {reason(error)}") from error
     yield OpenVinoSession(compiled)
+
+
+def settings(told: Session, threads: int) -> dict[str, Any]:
+    """What OpenVINO is told on the CPU."""
+    found: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    if told.inference_precision:
+        found["INFERENCE_PRECISION_HINT"] = told.inference_precision
+    if told.dynamic_quantization is not None:
+        found["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = told.dynamic_quantization
+    return found
 
 
 def reason(error: RuntimeError) -> str:

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: scoring, reconstruction and recovery give there what they give on a CPU.
+"""On an NVIDIA GPU: scoring, reconstruction and recovery give there what they give on a CPU, and the bench measures.
 
 ``EDGEPRESS_DEVICE=cpu pytest -m gpu`` runs the same lines on the CPU, to find what is wrong before a GPU does.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,12 @@ import edgepress as ep
 import numpy as np
 import pytest
 import torch
+from edgepress.benchmarks import targets
 from edgepress.compress.prune.reconstruct import reconstruct
 from edgepress.compress.score import METHODS
+from edgepress.errors import UnavailableError
 from edgepress.models import checkpoint, metrics
+from edgepress.plan import QuantizationPlan
 
 DEVICE = os.environ.get("EDGEPRESS_DEVICE", "cuda")
 
@@ -100,3 +104,56 @@ def test_quality_on_the_device_is_that_of_the_cpu(workload: Any) -> None:
     with exact():
         ours, theirs = (metrics.of_module(one) for one in (there(workload), workload))
     assert ours.value == pytest.approx(theirs.value, abs=100 / theirs.n)  # a row on the boundary may fall either way
+
+
+# ---- targets of the bench
+
+WORDS = ("cuda", "cuda:tensorrt", "torch:cuda", "torch:cuda:graph", "torch:cuda:compile", "torch:cuda:fp16")
+
+
+@pytest.mark.parametrize("word", WORDS if DEVICE == "cuda" else ("cpu:1", "torch:1", "torch:bf16:1"))
+def test_the_bench_runs_and_judges_on_the_gpu(
+    here: Any, workload: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, word: str
+) -> None:
+    """A model and its artifact side by side; the artifact is held there to what it answered on the CPU."""
+    lacks = _lacking("onnx", "tensorrt" if word == "cuda:tensorrt" else "")
+    if lacks:
+        pytest.skip(lacks)
+    ep.export(workload, tmp_path / "fp32")
+    data = ("--data", reviews_csv, "--columns", "text=review,label=stars")
+    options = ("--target", word, "--seq", 16, "--queries", 50, "--json")
+    done = here("bench", model_folder, tmp_path / "fp32", *options, *data)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    original, exported = document["rows"]
+    assert original["runtime"].startswith("torch cuda" if DEVICE == "cuda" else "torch")
+    assert exported["runtime"].startswith("onnx cuda" if DEVICE == "cuda" else "onnx")
+    assert exported["speedup"]["value"] > 0
+    assert abs(exported["quality"]["drop"]) <= 3 * 100 / exported["quality"]["n"]  # rows on the boundary
+    assert DEVICE == "cpu" or document["environment"]["gpu"]["name"]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="engines run on GPUs alone")
+@pytest.mark.parametrize("scheme", ["fp32", "fp16"])
+def test_the_bench_runs_engines(here: Any, workload: Any, tmp_path: Path, scheme: str) -> None:
+    from edgepress.export.backends import tensorrt
+
+    if lacks := _lacking("tensorrt"):
+        pytest.skip(lacks)
+    plan = QuantizationPlan("fp32") if scheme == "fp32" else ep.quantize(workload, scheme)
+    engine = tensorrt.write(workload, plan, tmp_path / "engine")
+    try:
+        with tensorrt.open_session(engine):
+            pass
+    except UnavailableError as error:
+        pytest.skip(str(error))  # TensorRT-RTX does not know every GPU
+    done = here("bench", engine.folder, "--target", "tensorrt", "--seq", 16, "--queries", 50, "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["runtime"], row["target"], row["precision"]) == ("tensorrt", "tensorrt", scheme)
+    assert row["latency_ms"]["n"] == 50
+
+
+def _lacking(runtime: str, form: str = "") -> str:
+    lacks = targets.missing.here(runtime, DEVICE, form)
+    return targets.missing.sentence(lacks) if lacks else ""

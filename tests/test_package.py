@@ -29,6 +29,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"edgepress", f"edgepress-{ep.__version__}.dist-info"}
     inside = {name.removeprefix("edgepress/") for name in names if name.startswith("edgepress/")}
     wanted = {"py.typed", "cli/prune.py", "benchmarks/report.html", "benchmarks/runner.py", "models/zoo/fetch.py"}
+    wanted |= {"benchmarks/runtimes/onnx.py", "benchmarks/runtimes/torch.py"}
     assert wanted <= inside
     assert not [name for name in inside if name.startswith(("tests", "benchmarks/peers", "benchmarks/results", "docs"))]
 

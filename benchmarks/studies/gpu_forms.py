@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from edgepress.benchmarks.runtimes import onnx as onnx_runtime
+from edgepress.benchmarks.runtimes import torch as torch_runtime
 from edgepress.compress.prune.inputs import linear_layers
 from edgepress.models import workload as workloads
 from numpy.typing import NDArray
@@ -125,7 +127,7 @@ def torch_module(workload: Any, variant: Variant, device: str) -> nn.Module:
 
 def prepare_torch(workload: Any, variant: Variant, feeds: Feeds, *, module: nn.Module, device: str) -> Prepared:
     narrow = TORCH_DTYPES.get(variant.precision, torch.bfloat16)
-    inputs = {name: _on(array, device, narrow) for name, array in feeds.items()}
+    inputs = {name: torch_runtime.placed(array, device, narrow) for name, array in feeds.items()}
     gpu = device != "cpu"
 
     def forward() -> Tensor:
@@ -137,7 +139,7 @@ def prepare_torch(workload: Any, variant: Variant, feeds: Feeds, *, module: nn.M
     if variant.form == "compile":
         torch._dynamo.reset()
         called = torch.compile(module, dynamic=False)
-    run = graphed(forward) if gpu and variant.form != "eager" else forward
+    run = torch_runtime.graphed(forward) if gpu and variant.form != "eager" else forward
 
     def go() -> Tensor:
         made = run()
@@ -155,54 +157,16 @@ def prepare_torch(workload: Any, variant: Variant, feeds: Feeds, *, module: nn.M
     return Prepared(go, whole, size, workload.params)
 
 
-def graphed(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``forward`` captured as a CUDA graph, after runs in which what is compiled, tuned or allocated once is."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            forward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = forward()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return made
-
-    return replay
-
-
-def _on(array: NDArray[Any], device: str, dtype: torch.dtype) -> Tensor:
-    tensor = torch.from_numpy(array).to(device, copy=True)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
 # ---- ONNX Runtime and TensorRT
 
 
 def prepare_onnxruntime(artifact: Any, params: int, feeds: Feeds) -> Prepared:
-    import onnxruntime
-
-    onnxruntime.preload_dlls()  # those of CUDA that PyTorch brought along
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        artifact.model_file, options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
-    if "CUDAExecutionProvider" not in session.get_providers():
-        raise Unavailable("ONNX Runtime fell back to the CPU: its CUDA provider did not load.")
-    (output,) = (one.name for one in session.get_outputs())
-    bound = session.io_binding()
-    for name, array in feeds.items():
-        bound.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
-    bound.bind_output(output, "cuda")
-
-    def go() -> None:
-        session.run_with_iobinding(bound)
-        bound.synchronize_outputs()
-
+    told = {"model": str(artifact.model_file), "device": "cuda", "disabled_optimizers": []}
+    try:
+        session = onnx_runtime.session(told, threads=torch.get_num_threads())
+    except SystemExit as ended:
+        raise Unavailable(str(ended)) from ended
+    go = onnx_runtime.bound(session, feeds, "cuda")
     return Prepared(go, lambda arrays: session.run(None, arrays)[0], artifact.size_bytes, params)
 
 

@@ -17,6 +17,9 @@ Progress = Callable[[int, int, str], None]
 
 
 class Local:
+    def __init__(self) -> None:
+        self.verified: set[str] = set()
+
     def put(self, folder: Path, names: Sequence[str] | None = None, progress: Progress | None = None) -> str:
         """The path of ``folder`` over there; nothing has to move."""
         return str(folder.resolve())

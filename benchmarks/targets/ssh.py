@@ -152,7 +152,7 @@ class Device:
         self._closed = False
         self.managed = False
         self.verified: set[str] = set()
-        """Models, by sha256, that were held to their references here."""
+        """Models, by sha256, that were held to their references here, on a device and in a form."""
         try:
             self._open_master()
         except BaseException:
@@ -170,12 +170,15 @@ class Device:
 
     def lack(self, packages: Sequence[str]) -> str:
         """That the device has not ``packages``, and the command that brings them."""
+        said = f"There is no {' and no '.join(packages)} on {self.address}: '{self.adding(packages)}' brings it"
+        return f"{said}, and ?python=venv/bin/python after the target uses it" if self.managed else said
+
+    def adding(self, packages: Sequence[str]) -> str:
+        """The command that brings ``packages`` to the device."""
         at, python, names = self.address, shlex.quote(self.address.python), " ".join(packages)
-        said = f"There is no {' and no '.join(packages)} on {at}"
         if not self.managed:
-            return f"{said}: '{at.words} {python} -m pip install {names}' brings it"
-        command = f'{at.words} "{python} -m venv venv && venv/bin/python -m pip install {names}"'
-        return f"{said}: '{command}' brings it, and ?python=venv/bin/python after the target uses it"
+            return f"{at.words} {python} -m pip install {names}"
+        return f'{at.words} "{python} -m venv venv && venv/bin/python -m pip install {names}"'
 
     def put(self, folder: Path, names: Sequence[str] | None = None, progress: Progress | None = None) -> str:
         """The path over there of a folder with the files ``names`` of ``folder``, or all; what it has is not sent."""

@@ -13,11 +13,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import torch
 
 from ...errors import InputError, ParityError, UnavailableError, UsageError
@@ -94,20 +96,25 @@ def write(
         if opset not in {None, written}:
             raise UsageError(f"{workload.name} in {plan.scheme} needs operator set {written} at least, not {opset}.")
         described = artifacts.describe(workload, plan, final, runtime="onnx", file=MODEL_FILE, name=name, base=base)
-        tools = {tool: version(tool) for tool in ("torch", "onnx", "onnxruntime", "transformers")}
+        tools = {tool: version(tool) for tool in ("torch", "onnx", "transformers")}
+        tools["onnxruntime"] = onnxruntime.__version__  # whatever its build is called
         more = {"session": FORMS[form], "tools": tools, "opset": written}
         manifest = described.model_copy(update={**more, **costs})
         with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as opened:
             kept = reference.Recorder(opened.run)
             if encoder_decoder.is_part(workload):
                 proof = encoder_decoder.prove(workload, kept.run, precision=plan.scheme)
-            elif caching.names(workload.example):
-                proof = parity.prove_steps(workload, kept.run, precision=plan.scheme)
             else:
+                steps = bool(caching.names(workload.example))
                 try:
-                    proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
+                    if steps:
+                        proof = parity.prove_steps(workload, kept.run, precision=plan.scheme)
+                    else:
+                        proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
                 except ParityError as error:
-                    raise ParityError(f"{error}{_whence(workload, plan, onnx.load(path), usable)}") from error
+                    made = onnx.load(path)
+                    source = partial(_float_graph, workload, plan, made, usable)
+                    raise ParityError(f"{error}{locate.whence(workload, plan.scheme, made, source)}") from error
         kept.save(place)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
@@ -123,22 +130,9 @@ def _save(graph: onnx.ModelProto, plan: QuantizationPlan, path: Path) -> None:
     large.save(graph, path)
 
 
-def _whence(workload: Workload, plan: QuantizationPlan, graph: onnx.ModelProto, base: Artifact | None) -> str:
-    """The sentence that says which operator of ``graph`` departs first, or nothing where that is not found."""
-    limit = parity.TOLERANCE.get(plan.scheme, parity.INTEGER_TOLERANCE)
-    for sizes in parity.corners(workload):
-        feeds = parity.feeds(workload, sizes)
-        if plan.scheme == "fp32":
-            found = locate.from_module(graph, workload, feeds, limit)
-        else:
-            float_graph = onnx.load(base.model_file) if base else export(dequantized(workload, plan), _opset(graph))
-            found = locate.from_graph(graph, float_graph, feeds, limit)
-        if found:
-            return (
-                f" It begins at '{found.operator}', whose output is {found.error:.2e} of its root mean square away; "
-                f"before it that was {found.before:.2e}."
-            )
-    return ""
+def _float_graph(workload: Workload, plan: QuantizationPlan, graph: onnx.ModelProto, base: Artifact | None) -> Any:
+    """What ``graph`` was made from."""
+    return onnx.load(base.model_file) if base else export(dequantized(workload, plan), _opset(graph))
 
 
 def export_artifact(

@@ -9,19 +9,23 @@ Source  docs.openvino.ai, "OpenVINO IR format", "CPU device", "Low Precision Tra
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
+from numpy.typing import NDArray
 
-from ...errors import UnavailableError, UsageError
+from ...errors import ParityError, UnavailableError, UsageError
 from ...files import new_folder
 from ...models.dequantize import dequantized
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
-from .. import halves, large, nbits, pairs, parity, reference, session
+from .. import halves, large, locate, nbits, pairs, parity, reference, session
 from ..artifact import Artifact, Session
 from . import onnx as onnx_backend
 
@@ -80,10 +84,29 @@ def write(
         manifest = described.model_copy(update=more)
         with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as opened:
             kept = reference.Recorder(opened.run)
-            proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
+            try:
+                proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
+            except ParityError as error:
+                made_from = partial(onnx_backend.export, dequantized(workload, plan))
+                look = partial(_look, SESSIONS[plan.scheme])
+                raise ParityError(f"{error}{locate.whence(workload, plan.scheme, graph, made_from, look)}") from error
         kept.save(place)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
+
+
+def _look(told: Session, graph: onnx.ModelProto, name: str, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
+    """The tensor ``name`` of a graph as OpenVINO computes it; None where it cannot give that one."""
+    core = session.openvino().Core()
+    try:
+        with large.readable(locate.probed(graph, name)) as source:
+            told_all = session.settings(told, torch.get_num_threads())
+            compiled = core.compile_model(core.read_model(source), "CPU", told_all)
+        wanted = {one.get_any_name() for one in compiled.inputs}
+        found: NDArray[Any] = compiled({key: array for key, array in feeds.items() if key in wanted})[0]
+    except RuntimeError:  # no look is worth an error
+        return None
+    return found
 
 
 def written(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:

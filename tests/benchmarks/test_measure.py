@@ -13,7 +13,7 @@ from typing import Any
 import edgepress as ep
 import numpy as np
 import pytest
-from edgepress.benchmarks import compare, environment, load, runner, targets
+from edgepress.benchmarks import compare, environment, runner, targets
 from edgepress.benchmarks.measurement import Measurement
 from edgepress.errors import InputError, UnavailableError, UsageError
 from edgepress.export.backends import openvino as openvino_backend
@@ -146,9 +146,13 @@ def test_measurements_of_one_machine_take_turns(workload: Any, tmp_path: Path) -
 
 def test_a_runtime_that_cannot_be_measured_is_one_sentence(workload: Any, tmp_path: Path) -> None:
     written = ep.export(workload, tmp_path / "fp32")
+    for runtime in ("toaster", "torch"):  # of PyTorch's only what was loaded here is one, not what a file says it is
+        strange = replace(written, manifest=written.manifest.model_copy(update={"runtime": runtime}))
+        with pytest.raises(UnavailableError, match=rf"is for {runtime}, which cannot be measured yet .*onnx"):
+            ep.benchmark([strange])
     engine = replace(written, manifest=written.manifest.model_copy(update={"runtime": "tensorrt"}))
-    with pytest.raises(UnavailableError, match=r"is for tensorrt, which cannot be measured yet .*onnx"):
-        ep.benchmark([engine])
+    with pytest.raises(UsageError, match=r"is for tensorrt; the target 'cpu:1' is not, but tensorrt is"):
+        ep.benchmark([engine], target="cpu:1")
 
 
 def test_two_runtimes_interleaved(workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,14 +164,14 @@ def test_two_runtimes_interleaved(workload: Any, tmp_path: Path, monkeypatch: py
     assert all(item.samples.min() > 0 and item.peak_rss_bytes and item.load_ms for item in taken)
     assert "openvino" in taken[0].environment["packages"]
     assert ep.compare(taken)[1]["speedup"]["value"] > 0
-    monkeypatch.setattr(load, "find_spec", lambda _: None)
+    monkeypatch.setattr(targets.missing, "find_spec", lambda _: None)
     with pytest.raises(UnavailableError, match=r"which is missing: pip install 'edgepress\[openvino\]'"):
         ep.benchmark([second])
 
 
 @pytest.mark.parametrize(("found", "note"), [(object(), "OpenVINO$"), (None, r"edgepress\[openvino\]")])
 def test_the_list_of_targets_tells_of_openvino(found: Any, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "find_spec", lambda _: found)
+    monkeypatch.setattr(targets.missing, "find_spec", lambda _: found)
     rows = [row for row in targets.listing() if row["target"].startswith("cpu:openvino:")]
     assert rows
     assert all(row["available"] == bool(found) and re.search(note, row["note"]) for row in rows)
@@ -213,10 +217,10 @@ def test_a_target_says_what_it_is(text: str, runtime: str) -> None:
     assert targets.parse(str(target)) == target
 
 
-@pytest.mark.parametrize("text", ["cuda", "tensorrt", "ssh://me@host/cuda", "ssh://me@host/tensorrt"])
-def test_targets_that_are_planned(text: str) -> None:
+@pytest.mark.parametrize("text", ["cuda", "tensorrt", "torch:1", "ssh://me@host/cuda"])
+def test_targets_that_are_measured_and_not_written_for(text: str) -> None:
     with pytest.raises(UnavailableError, match="not available yet"):
-        targets.parse(text)
+        targets.to_write_for(text)
 
 
 def test_a_host_returns_what_was_printed_and_says_why_it_failed(tmp_path: Path) -> None:

@@ -85,3 +85,45 @@ def test_the_error_of_an_export_names_the_operator(
     with pytest.raises(ParityError, match=rf"is allowed\. It begins at '{LAYER}/\w+', whose output is .* away"):
         backend.write(workload, QuantizationPlan("fp32"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # a decoder is traced with its past
+def test_the_error_of_a_step_after_a_past_names_the_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=120, num_hidden_layers=3, max_position_embeddings=64, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    workload = ep.load(str(tmp_path / "llama"))
+    layer, exported = "model.layers.1.mlp.down_proj", backend.export
+
+    def spoilt(given: Any, *options: Any) -> onnx.ModelProto:
+        graph = exported(given, *options)
+        _spoil(graph, _node(graph, layer), np.negative)
+        return graph
+
+    monkeypatch.setattr(backend, "export", spoilt)
+    with pytest.raises(ParityError, match=rf"is allowed\. It begins at '{layer}/\w+', whose output is .* away"):
+        ep.export(workload, tmp_path / "step", cache=24)
+    assert not (tmp_path / "step").exists()
+
+
+def test_the_error_of_openvino_s_own_file_names_the_operator(
+    workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    from edgepress.export.backends import openvino
+
+    made = openvino.written
+
+    def spoilt(graph: onnx.ModelProto, plan: QuantizationPlan) -> onnx.ModelProto:
+        graph = made(graph, plan)
+        _spoil(graph, _node(graph, LAYER), np.negative)
+        return graph
+
+    monkeypatch.setattr(openvino, "written", spoilt)
+    with pytest.raises(ParityError, match=rf"is allowed\. It begins at '{LAYER}/\w+', whose output is .* away"):
+        openvino.write(workload, QuantizationPlan("fp32"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
