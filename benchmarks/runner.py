@@ -31,7 +31,7 @@ LEAST = 30
 """Rounds that there are in any case."""
 OPENINGS = 5
 """How often artifacts are opened in a run, where opening takes no longer than what is timed meanwhile."""
-SLICES = 20
+TURNS = 20
 """Of an offline or server run: an artifact serves one after the other, in turn with those of the others."""
 SEGMENTS = 10
 """Of a run, for its intervals: long enough to be nearly independent, and enough of them for Student's t."""
@@ -255,7 +255,7 @@ def offline(
         for _ in range(count):
             runs[which]()
             stamps.append(clock())
-        samples[which] += [end - start for start, end in zip(stamps, stamps[1:])]
+        samples[which] += np.diff(stamps).tolist()
 
     return {"per_slice": slices(runs, serve, queries, budget, tell), "samples_ns": samples}
 
@@ -302,10 +302,11 @@ def slices(
     """Let each of ``runs`` have a slice of the ``queries`` in turn, in an order by chance; how many a slice has.
 
     20 slices are as good for pairs as rounds are, and long enough for a throughput. Before each comes one run that
-    does not count, after which the caches are its own. No new round begins after ``budget`` seconds, but half there are.
+    does not count, after which the caches are its own. No new round begins after ``budget`` seconds, but half of them
+    there are.
     """
     chance = np.random.default_rng(0)
-    count = max(1, queries // SLICES)
+    count = max(1, queries // TURNS)
     gc.collect()
     gc.disable()
     begin = time.monotonic()
@@ -314,14 +315,14 @@ def slices(
             runs[which]()
             serve(which, count)
         tell((turn + 1) * count)
-        if turn + 1 >= SLICES // 2 and time.monotonic() - begin > budget:
+        if turn + 1 >= TURNS // 2 and time.monotonic() - begin > budget:
             break
     gc.enable()
     return count
 
 
 def poisson(rate: float, count: int, seed: int) -> list[int]:
-    """Nanoseconds at which ``count`` queries arrive, ``rate`` a second: a Poisson process, as MLPerf's server has it."""
+    """Nanoseconds at which ``count`` queries arrive, ``rate`` a second: a Poisson process, as in MLPerf's server."""
     gaps = np.random.default_rng(seed).exponential(1e9 / rate, count)
     arrivals: list[int] = gaps.cumsum().astype(np.int64).tolist()
     return arrivals
@@ -357,7 +358,7 @@ def looks(most: int) -> list[int]:
 
 
 def precise(samples: list[list[int]], width: float, confidence: float) -> bool:
-    """Whether the interval of every ratio to the first, or of the first alone, is narrower than ``width`` of its value."""
+    """Whether the interval of every ratio to the first, or of the first alone, is narrower than ``width``, relatively."""
     first, *others = [centres(taken) for taken in samples]
     found = [interval(first - other, confidence) for other in others] or [interval(first, confidence)]
     return all(2 * math.sinh(half) < width for _, half in found)
@@ -389,7 +390,7 @@ def interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
 
 
 def student(confidence: float, freedom: int) -> float:
-    """The two-sided quantile of Student's t: Cornish and Fisher's expansion, as Abramowitz and Stegun 26.7.5 give it."""
+    """The two-sided quantile of Student's t, by the expansion of Abramowitz and Stegun, 26.7.5: scipy is not needed."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError, UnavailableError, UsageError
+from . import scenario as scenarios
 from .options import Data, Json, Seed, TargetsOption, Verbose
 from .screen import Screen, print_json, table
 
@@ -29,6 +30,10 @@ def bench(
     ] = 0,
     queries: Annotated[int, typer.Option("--queries", help="Runs of each artifact.", min=30)] = 1000,
     seconds: Annotated[float, typer.Option("--seconds", help="Or this long for each, whichever ends first.")] = 10.0,
+    scenario: scenarios.Scenario = "single-stream",
+    rate: scenarios.Rate = None,
+    deadline: scenarios.Deadline = None,
+    confidence_width: scenarios.Width = None,
     data: Data = None,
     json_: Json = False,
     verbose: Verbose = False,
@@ -43,6 +48,7 @@ def bench(
     opened = [open_artifact(folder) for folder in artifacts]
     shapes = [(size, length) for size in _numbers(batch, "--batch") for length in _numbers(seq, "--seq")]
     options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
+    options |= scenarios.options(scenario, rate, deadline, confidence_width, seed)
     rows: list[dict[str, Any]] = []
     environments: dict[str, Any] = {}
     for taken in _measured(opened, target or ["cpu"], shapes, **options):
@@ -58,6 +64,7 @@ def bench(
         tokens += f" after {first['past']}" if first["past"] else ""
         print(f"{first['target']}, batch {first['batch']}{tokens}")
         table(first, others, None)
+        scenarios.show([first, *others], environments[first["target"]])
 
 
 def compare(
