@@ -15,7 +15,7 @@ from .measurement import PERCENTILES, Measurement
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster, with its 95 % interval; the verdict is "no difference" where that spans 1."""
+    """How many times faster, with its 99 % interval; the verdict is "no difference" where that spans 1."""
 
     value: float
     low: float
@@ -36,9 +36,10 @@ def speedup(original: Measurement, other: Measurement) -> Speedup:
 
     The run is cut into ten segments. In each the median latencies of the two are divided (offline: the mean ones, that
     is the throughputs), so that drift which is slower than a segment cancels, as it does not from the medians of a
-    whole run; the value is the geometric mean of the ten, and its interval that of ``runner.interval``, which says why
-    it is honest where samples are no independent draws. Raises UsageError where the two cannot be compared: other
-    shapes or scenarios, other machines, another number of rounds, or fewer than there are segments.
+    whole run. The value is the geometric mean of the ten, and its interval, at ``runner.CONFIDENCE``, that of
+    ``runner.interval``, which says why it is honest where samples are no independent draws. Raises UsageError where the
+    two cannot be compared: other shapes or scenarios, other machines, another number of rounds, or fewer than there are
+    segments.
     """
     reasons = differences(original.environment, other.environment)
     for field in ("target", "batch", "sequence", "past", "scenario", "per_slice", "rate"):
@@ -51,7 +52,7 @@ def speedup(original: Measurement, other: Measurement) -> Speedup:
         reasons.append(f"{len(original.turns)} rounds are fewer than {runner.SEGMENTS}")
     if reasons:
         raise UsageError(f"'{original.name}' and '{other.name}' cannot be compared: {'; '.join(reasons)}.")
-    mean, half = runner.interval(original.centres - other.centres)
+    mean, half = runner.interval(original.centres - other.centres, runner.CONFIDENCE)
     return Speedup(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 

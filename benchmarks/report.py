@@ -137,7 +137,7 @@ def _table(original: Row, results: Sequence[Row], chosen: str | None) -> str:
         lines.append(f'<tr data-row="{escape(row["name"])}"{mark}>{"".join(parts)}</tr>')
     tokens = f" x sequence {original['sequence']}" if original["sequence"] else ""
     shape = f"batch {original['batch']}{tokens}, n = {original['latency_ms']['n']} each"
-    caption = f"{escape(original['target'])}, {shape}, interleaved; brackets are 95 % intervals"
+    caption = f"{escape(original['target'])}, {shape}, interleaved; brackets are 95 % intervals, of speedups 99 %"
     return (
         f'<div class="wide"><table id="comparison"><caption>{caption}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"

@@ -35,6 +35,8 @@ TURNS = 20
 """Of an offline or server run: an artifact serves one after the other, in turn with those of the others."""
 SEGMENTS = 10
 """Of a run, for its intervals: long enough to be nearly independent, and enough of them for Student's t."""
+CONFIDENCE = 0.99
+"""Of the interval of a ratio: at 95 % one of twenty artifacts that are the same would be called faster or slower."""
 FIRST_LOOK, GROWTH = 100, 1.5
 """Rounds before a run may end early, and by how much they grow from look to look."""
 SPIN = 300_000
@@ -193,11 +195,12 @@ def timed_rounds(
 
     With a ``width`` the run may end ``early``: when the interval of each ratio to the first, or of the median of one
     alone, is narrower than this share of its value. It is looked at after ``looks`` rounds alone, at a confidence of
-    1 - 0.05 / (number of looks), so that the chance of stopping at an interval that misses stays below 5 % over all
-    of them together (Bonferroni's inequality).
+    1 - 0.05 / (number of looks) and no less than ``CONFIDENCE``, so that the chance of stopping at an interval that
+    misses stays below 5 % over all of them together (Bonferroni's inequality).
     """
     chance = np.random.default_rng(0)
     checks = looks(min_queries) if width else []
+    confidence = max(CONFIDENCE, 1 - 0.05 / len(checks)) if checks else 0.0
     samples: list[list[int]] = [[] for _ in runs]
     rounds, openings, early = 0, 1, False
     gc.collect()
@@ -210,7 +213,7 @@ def timed_rounds(
         now = time.monotonic()
         if rounds >= LEAST and now - begin > budget:
             break
-        early = rounds in checks and precise(samples, width or 0.0, 1 - 0.05 / len(checks))
+        early = rounds in checks and precise(samples, width or 0.0, confidence)
         if early:
             break
         if now - told > 0.5:
@@ -358,7 +361,7 @@ def looks(most: int) -> list[int]:
 
 
 def precise(samples: list[list[int]], width: float, confidence: float) -> bool:
-    """Whether the interval of every ratio to the first, or of the first alone, is narrower than ``width``, relatively."""
+    """Whether the interval of every ratio to the first, or of one alone, is narrower than ``width``, relatively."""
     first, *others = [centres(taken) for taken in samples]
     found = [interval(first - other, confidence) for other in others] or [interval(first, confidence)]
     return all(2 * math.sinh(half) < width for _, half in found)
@@ -369,7 +372,7 @@ def centres(samples: Any, centre: Callable[[Any], Any] = np.median) -> Any:
     return np.log([centre(part) for part in np.array_split(np.asarray(samples, dtype=float), SEGMENTS)])
 
 
-def interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
+def interval(values: Any, confidence: float) -> tuple[float, float]:
     """The mean of ``values``, one of each segment of a run in their order, and half the width of its interval.
 
     Samples of one run are no independent draws: a machine's clock and load drift. What is nearly independent are the

@@ -7,7 +7,7 @@ real one reads the CPU time of the thread, which stands still while others run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,13 +44,14 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(runner, "clock", made)
+    monkeypatch.setattr(runner.gc, "collect", lambda: 0)  # with PyTorch in this process it takes most of a second
     monkeypatch.setattr(runner.time, "sleep", lambda seconds: made.pass_by(seconds * 1e9))
     return made
 
 
 def synthetic(clock: Clock, milliseconds: Floats) -> Callable[[], None]:
     """A runtime that takes so long, run by run, and from the beginning again; those of the warm-up count too."""
-    left = iter(())  # type: Iterator[float]
+    left = iter(())
 
     def run() -> None:
         nonlocal left
@@ -144,20 +145,19 @@ def machine(kind: str, rounds: int, random: np.random.Generator) -> tuple[Floats
     def pair(make: Callable[[], Floats], shared: Floats | float = 1.0) -> tuple[Floats, Floats]:
         return shared * make(), shared * make()
 
-    if kind == "calm":
-        return pair(lambda: noise(0.02))
     if kind == "throttling, with spikes":
         return pair(lambda: noise(0.02) * spikes(0.03), np.linspace(1, 1.5, rounds))
     if kind == "two speeds":
         return pair(lambda: noise(0.02) * spikes(0.03), states(100, 1.3))
-    if kind == "heavy tails":
-        return pair(lambda: noise(0.02) * spikes(0.2))
-    if kind == "wandering, each for itself":
-        return pair(lambda: wandering(0.9, 0.02) * spikes(0.03))
-    if kind == "two speeds, each for itself":
-        return pair(lambda: noise(0.01) * states(20, 1.1))
-    assert kind == "all of it"
-    return pair(lambda: wandering(0.9, 0.02) * spikes(0.1), states(50, 1.2) * np.linspace(1, 1.2, rounds))
+    if kind == "all of it":
+        return pair(lambda: wandering(0.9, 0.02) * spikes(0.1), states(50, 1.2) * np.linspace(1, 1.2, rounds))
+    alone = {
+        "calm": lambda: noise(0.02),
+        "heavy tails": lambda: noise(0.02) * spikes(0.2),
+        "wandering, each for itself": lambda: wandering(0.9, 0.02) * spikes(0.03),
+        "two speeds, each for itself": lambda: noise(0.01) * states(20, 1.1),
+    }
+    return pair(alone[kind])
 
 
 MACHINES = (
@@ -184,14 +184,14 @@ def test_what_is_the_same_is_no_difference(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in MACHINES if kind != "two speeds, each for itself"])
 def test_a_difference_of_5_percent_is_found(kind: str) -> None:
-    """In 98 of 100 runs, in the right direction, and its interval holds 1.05 in 95."""
+    """In 98 of 100 runs, in the right direction, and its interval holds the truth in 95."""
     random = np.random.default_rng(1)
     found = []
     for _ in range(100):
         first, second = machine(kind, 1000, random)
         found.append(compare.speedup(made_up(first * 1.05), made_up(second)))
     assert sum(one.verdict == "faster" for one in found) >= 98
-    assert sum(one.low <= 1.05 <= one.high for one in found) >= 95 - 3  # of 100 alone, with their own chance
+    assert sum(one.low <= 1.05 <= one.high for one in found) >= 95
 
 
 def test_the_loop_itself_favours_none(clock: Clock) -> None:
@@ -252,11 +252,11 @@ def test_bounds_of_percentiles_hold_for_any_distribution(percent: float) -> None
     draws = random.pareto(1.5, (400, 700))
     truth = (1 - percent / 100) ** (-1 / 1.5) - 1
     bounds = [order(draw, percent) for draw in draws]
-    assert sum(low <= truth <= (np.inf if high is None else high) for low, high in bounds) >= 380
+    assert sum(low <= truth <= (np.inf if high is None else high) for low, high in bounds) >= 367  # 95 %, less three sigma
 
 
 def test_too_few_samples_have_no_upper_bound() -> None:
-    """Of a p99 at 95 %, as of MLPerf's, which at 99 % one-sided needs 459 queries with none above it, or 662 with one."""
+    """Of a p99, as of MLPerf's, which at 99 % one-sided needs 459 queries with none above it, or 662 with one."""
     assert order(np.arange(100.0), 99)[1] is None
     assert order(np.arange(1000.0), 99)[1] is not None
     assert [binom.cdf(0, count, 0.01) <= 0.01 for count in (458, 459)] == [False, True]
