@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from ..errors import UsageError
 from . import runner
 from .environment import differences
@@ -34,12 +36,12 @@ class Speedup:
 def speedup(original: Measurement, other: Measurement) -> Speedup:
     """How many times longer ``original`` takes than ``other``, which was measured interleaved with it, round by round.
 
-    The run is cut into ten segments. In each the median latencies of the two are divided (offline: the mean ones, that
-    is the throughputs), so that drift which is slower than a segment cancels, as it does not from the medians of a
-    whole run. The value is the geometric mean of the ten, and its interval, at ``runner.CONFIDENCE``, that of
-    ``runner.interval``, which says why it is honest where samples are no independent draws. Raises UsageError where the
-    two cannot be compared: other shapes or scenarios, other machines, another number of rounds, or fewer than there are
-    segments.
+    What is compared is what stands side by side: the ratio of the two in each round, or offline, in each pair of slices.
+    What slows a machine down for a while cancels in it, as it does not from the medians of whole runs. The run is cut
+    into ten segments with a median ratio each (offline a mean one); the value is their geometric mean, and its
+    interval, at ``runner.CONFIDENCE``, that of ``runner.interval``, which says why it is honest where samples are no
+    independent draws. Raises UsageError where the two cannot be compared: other shapes or scenarios, other machines,
+    another number of rounds, or fewer than there are segments.
     """
     reasons = differences(original.environment, other.environment)
     for field in ("target", "batch", "sequence", "past", "scenario", "per_slice", "rate"):
@@ -52,7 +54,9 @@ def speedup(original: Measurement, other: Measurement) -> Speedup:
         reasons.append(f"{len(original.turns)} rounds are fewer than {runner.SEGMENTS}")
     if reasons:
         raise UsageError(f"'{original.name}' and '{other.name}' cannot be compared: {'; '.join(reasons)}.")
-    mean, half = runner.interval(original.centres - other.centres, runner.CONFIDENCE)
+    ratios = np.log(original.turns / other.turns)
+    segments = runner.centres(ratios, np.mean if original.scenario == "offline" else np.median)
+    mean, half = runner.interval(segments, runner.CONFIDENCE)
     return Speedup(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 

@@ -88,12 +88,6 @@ class Measurement:
         return self.samples.reshape(-1, self.per_slice).mean(axis=1)
 
     @property
-    def centres(self) -> Floats:
-        """Logarithms of the typical turn in each segment of the run; offline that is the mean, as of its throughput."""
-        found: Floats = runner.centres(self.turns, np.mean if self.scenario == "offline" else np.median)
-        return found
-
-    @property
     def throughput(self) -> float:
         """Rows a second: one run after the other, over all of an offline run, or as they came in to a server."""
         if self.rate is not None:
@@ -105,7 +99,7 @@ class Measurement:
         """95 % interval of an offline run's; None of others."""
         if self.scenario != "offline" or len(self.turns) < runner.SEGMENTS:
             return None
-        _, half = runner.interval(self.centres, 0.95)
+        _, half = runner.interval(runner.centres(np.log(self.turns), np.mean), 0.95)
         return self.throughput * float(np.exp(-half)), self.throughput * float(np.exp(half))
 
     @property

@@ -362,14 +362,14 @@ def looks(most: int) -> list[int]:
 
 def precise(samples: list[list[int]], width: float, confidence: float) -> bool:
     """Whether the interval of every ratio to the first, or of one alone, is narrower than ``width``, relatively."""
-    first, *others = [centres(taken) for taken in samples]
-    found = [interval(first - other, confidence) for other in others] or [interval(first, confidence)]
-    return all(2 * math.sinh(half) < width for _, half in found)
+    first, *others = np.log(samples)
+    found = [first - other for other in others] or [first]
+    return all(2 * math.sinh(interval(centres(logs), confidence)[1]) < width for logs in found)
 
 
-def centres(samples: Any, centre: Callable[[Any], Any] = np.median) -> Any:
-    """Logarithms of the medians of ten segments of a run, each of neighbouring rounds."""
-    return np.log([centre(part) for part in np.array_split(np.asarray(samples, dtype=float), SEGMENTS)])
+def centres(values: Any, centre: Callable[[Any], Any] = np.median) -> Any:
+    """The medians of ten segments of a run, each of neighbouring rounds."""
+    return np.array([centre(part) for part in np.array_split(values, SEGMENTS)])
 
 
 def interval(values: Any, confidence: float) -> tuple[float, float]:
