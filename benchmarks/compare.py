@@ -36,7 +36,7 @@ class Speedup:
 def speedup(original: Measurement, other: Measurement) -> Speedup:
     """How many times longer ``original`` takes than ``other``, which was measured interleaved with it, round by round.
 
-    What is compared is what stands side by side: the ratio of the two in each round, or offline, in each pair of slices.
+    What is compared is what stands side by side: the ratio of the two in each round or, offline, each pair of slices.
     What slows a machine down for a while cancels in it, as it does not from the medians of whole runs. The run is cut
     into ten segments with a median ratio each (offline a mean one); the value is their geometric mean, and its
     interval, at ``runner.CONFIDENCE``, that of ``runner.interval``, which says why it is honest where samples are no
@@ -71,9 +71,8 @@ def row(item: Measurement, faster: Speedup | None) -> dict[str, Any]:
     quality = None
     if item.quality is not None:
         quality = asdict(item.quality)
-    intervals = {f"p{percent}": item.interval(percent) for percent in PERCENTILES}
-    if item.p99 is None:
-        intervals["p99"] = None
+    told = [percent for percent in PERCENTILES if percent != 99 or item.p99 is not None]
+    intervals = {f"p{percent}": item.interval(percent) if percent in told else None for percent in PERCENTILES}
     timed = {"p50": item.p50, "p90": item.p90, "p95": item.p95, "p99": item.p99, "n": len(item.samples)}
     figures = {
         "name": item.name,

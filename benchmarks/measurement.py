@@ -85,7 +85,7 @@ class Measurement:
     @cached_property
     def turns(self) -> Floats:
         """Milliseconds that stand side by side with those of other measurements: each sample, or each slice's mean."""
-        return self.samples.reshape(-1, self.per_slice).mean(axis=1)
+        return np.asarray(self.samples.reshape(-1, self.per_slice).mean(axis=1))
 
     @property
     def throughput(self) -> float:
@@ -125,15 +125,14 @@ class Measurement:
     def _resampled(self, percents: Sequence[float], seed: int) -> list[tuple[float, float]]:
         """Intervals of percentiles over ``resampled_rounds``.
 
-        They are made wider by as much as Student's is for as few blocks, and by as much as blocks of one series vary
-        less than those of another would (1 - length / count).
+        They are made wider by as much as Student's is for as few blocks, counted as half of them, which simulations of
+        drift and heavy tails ask for, and by as much as blocks of one series vary less than those of another would.
         """
         count = len(self.samples)
         rounds, blocks = resampled_rounds(count, seed), count / block_length(count)
-        drawn = np.percentile(self.samples[rounds], percents, axis=1)
-        ends = np.percentile(drawn, [2.5, 97.5], axis=1)
+        ends = np.percentile(np.percentile(self.samples[rounds], percents, axis=1), [2.5, 97.5], axis=1)
         if blocks > 2:
-            wider = student.ppf(0.975, blocks - 1) / norm.ppf(0.975) / np.sqrt(1 - 1 / blocks)
+            wider = student.ppf(0.975, blocks / 2) / norm.ppf(0.975) / np.sqrt(1 - 1 / blocks)
             value = np.percentile(self.samples, percents)
             ends = value * (ends / value) ** wider
         return [(float(low), float(high)) for low, high in ends.T]
@@ -166,14 +165,13 @@ def resampled_rounds(count: int, seed: int) -> NDArray[np.int64]:
     """Bootstrap resamples of ``count`` rounds, one a row, drawn in blocks of neighbours.
 
     A machine's clock and load drift, so neighbouring rounds are alike; blocks of 1.5 times the square root of ``count``
-    keep that likeness, and with it an honest interval (Kuensch 1989, Annals of Statistics 17:3).
+    keep that likeness (Kuensch 1989, Annals of Statistics 17:3). After the last round comes the first, so that all are
+    drawn equally often (Politis and Romano 1992).
     """
     random = np.random.default_rng(seed)
     length = block_length(count)
-    blocks = -(-count // length)
-    offsets = np.arange(length)
-    starts = random.integers(0, count - length + 1, size=(RESAMPLES, blocks))
-    return (starts[:, :, None] + offsets).reshape(RESAMPLES, -1)[:, :count]
+    starts = random.integers(0, count, size=(RESAMPLES, -(-count // length)))
+    return ((starts[:, :, None] + np.arange(length)) % count).reshape(RESAMPLES, -1)[:, :count]
 
 
 def order(samples: Floats, percent: float, confidence: float = 0.95) -> tuple[float, float | None]:
