@@ -1,7 +1,8 @@
-"""Compare: two measurements of one interleaved run, as a ratio with an interval and a verdict."""
+"""Compare: two measurements of one interleaved run, as a paired ratio with an interval and a verdict."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
+from . import runner
 from .environment import differences
-from .measurement import Measurement, resampled_rounds
+from .measurement import PERCENTILES, Measurement
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster, by medians, with its 95 % interval; the verdict is "no difference" where that spans 1."""
+    """How many times faster, with its 99 % interval; the verdict is "no difference" where that spans 1."""
 
     value: float
     low: float
@@ -31,25 +33,31 @@ class Speedup:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def speedup(original: Measurement, other: Measurement, seed: int = 0) -> Speedup:
-    """Median latency of ``original`` over that of ``other``, which were measured interleaved, round by round.
+def speedup(original: Measurement, other: Measurement) -> Speedup:
+    """How many times longer ``original`` takes than ``other``, which was measured interleaved with it, round by round.
 
-    The bootstrap draws the same rounds for both, so drift that hit both alike cancels. Raises UsageError where the two
-    cannot be compared: other shapes, other machines, or another number of rounds.
+    What is compared is what stands side by side: the ratio of the two in each round or, offline, each pair of slices.
+    What slows a machine down for a while cancels in it, as it does not from the medians of whole runs. The run is cut
+    into ten segments with a median ratio each (offline a mean one); the value is their geometric mean, and its
+    interval, at ``runner.CONFIDENCE``, that of ``runner.interval``, which says why it is honest where samples are no
+    independent draws. Raises UsageError where the two cannot be compared: other shapes or scenarios, other machines,
+    another number of rounds, or fewer than there are segments.
     """
     reasons = differences(original.environment, other.environment)
-    for field in ("target", "batch", "sequence", "past"):
+    for field in ("target", "batch", "sequence", "past", "scenario", "per_slice", "rate"):
         ours, theirs = getattr(original, field), getattr(other, field)
         if ours != theirs:
             reasons.append(f"{field} is {ours} and {theirs}")
     if len(original.samples) != len(other.samples):
         reasons.append(f"{len(original.samples)} and {len(other.samples)} rounds were taken")
+    elif len(original.turns) < runner.SEGMENTS:
+        reasons.append(f"{len(original.turns)} rounds are fewer than {runner.SEGMENTS}")
     if reasons:
         raise UsageError(f"'{original.name}' and '{other.name}' cannot be compared: {'; '.join(reasons)}.")
-    rounds = resampled_rounds(len(original.samples), seed)
-    ratios = [np.median(original.samples[chosen]) / np.median(other.samples[chosen]) for chosen in rounds]
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Speedup(original.p50 / other.p50, float(low), float(high))
+    ratios = np.log(original.turns / other.turns)
+    segments = runner.centres(ratios, np.mean if original.scenario == "offline" else np.median)
+    mean, half = runner.interval(segments, runner.CONFIDENCE)
+    return Speedup(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 
 def rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
@@ -63,7 +71,10 @@ def row(item: Measurement, faster: Speedup | None) -> dict[str, Any]:
     quality = None
     if item.quality is not None:
         quality = asdict(item.quality)
-    return {
+    told = [percent for percent in PERCENTILES if percent != 99 or item.p99 is not None]
+    intervals = {f"p{percent}": item.interval(percent) if percent in told else None for percent in PERCENTILES}
+    timed = {"p50": item.p50, "p90": item.p90, "p95": item.p95, "p99": item.p99, "n": len(item.samples)}
+    figures = {
         "name": item.name,
         "artifact": item.artifact,
         "target": item.target,
@@ -77,8 +88,16 @@ def row(item: Measurement, faster: Speedup | None) -> dict[str, Any]:
         "batch": item.batch,
         "sequence": item.sequence,
         "past": item.past,
-        "latency_ms": {"p50": item.p50, "p90": item.p90, "p99": item.p99, "n": len(item.samples)},
+        "scenario": item.scenario,
+        "latency_ms": timed,
         "latency_interval_ms": list(item.interval()),
+        "latency_intervals_ms": intervals,
+        "intervals_by": "order statistics" if item.early else "bootstrap",
+        "throughput": {"rows_per_s": item.throughput, "interval": item.throughput_interval},
         "speedup": faster.to_json() if faster else None,
         "quality": quality,
     }
+    if item.rate is not None:
+        deadline = {"deadline_ms": item.deadline_ms, "within": item.within}
+        figures["server"] = {"rate": item.rate, "loads": list(item.loads), "sustained": item.sustained, **deadline}
+    return figures

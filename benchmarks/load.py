@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ Feeds = dict[str, NDArray[Any]]
 Progress = Callable[[int, int, str], None]
 
 RUNNER = Path(runner.__file__)
+SCENARIOS = ("single-stream", "offline", "server")
 
 
 def benchmark(
@@ -36,18 +38,27 @@ def benchmark(
     min_queries: int = 1000,
     min_seconds: float = 10.0,
     memory: bool = True,
+    scenario: str = "single-stream",
+    rate: float | None = None,
+    deadline_ms: float | None = None,
+    confidence_width: float | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Measurement]:
     """Latency of all ``artifacts``, interleaved in one process, and the memory of each in a process of its own.
 
     It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
     have no ``sequence``: it is 0 in what is returned. After a ``past`` of so many tokens their keys and values are
-    given. Raises UsageError where the shape lies outside the range that an artifact was proven in, and UnavailableError
-    where its runtime cannot be measured. On a device it raises what ``targets.connect`` does, and ParityError where an
-    artifact that came with references does not answer there as it did where it was proven.
+    given. ``scenario`` is "single-stream", "offline" or "server", for which queries, of ``batch`` rows each, come at
+    random, ``rate`` a second, the same for all that have the same ``seed``; see ``runner``. A single-stream run with a
+    ``confidence_width``, 0.01 for 1 %, ends as soon as it is as precise (``runner.timed_rounds``). Raises UsageError
+    where these do not fit together or the shape lies outside the range that an artifact was proven in, and
+    UnavailableError where its runtime cannot be measured. On a device it raises what ``targets.connect`` does, and
+    ParityError where an artifact that came with references does not answer there as it did where it was proven.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
+    _check_scenario(scenario, rate, deadline_ms, confidence_width)
     where = targets.parse(target)
     check(artifacts, where)
     for artifact in artifacts:
@@ -79,8 +90,19 @@ def benchmark(
             for artifact, job in zip(artifacts, jobs, strict=True):
                 _hold_to_reference(artifact, job, host, where, run)
         memories = [run(mode="memory", artifacts=[job]) if memory else {} for job in jobs]
-        samples = run(mode="latency", artifacts=jobs, min_queries=min_queries, min_seconds=min_seconds)["samples_ns"]
+        found = run(
+            mode="latency",
+            artifacts=jobs,
+            min_queries=min_queries,
+            min_seconds=min_seconds,
+            scenario=scenario,
+            rate=rate,
+            confidence_width=confidence_width,
+            seed=seed,
+        )
         environment = host.environment(where.threads)
+    environment |= {"clock_overhead_ns": found["clock_ns"], "openings": found["openings"]}
+    services = found.get("service_ns") or [()] * len(jobs)
     return [
         Measurement(
             name=artifact.name,
@@ -98,8 +120,16 @@ def benchmark(
             past=past,
             samples_ms=tuple(ns / 1e6 for ns in taken),
             environment=environment,
+            scenario=scenario,
+            per_slice=found["per_slice"],
+            rate=rate,
+            deadline_ms=deadline_ms,
+            loads=_loads(service, rate) if rate else (),
+            early=found["early"],
         )
-        for artifact, job, used, taken in zip(artifacts, jobs, memories, samples, strict=True)
+        for artifact, job, used, taken, service in zip(
+            artifacts, jobs, memories, found["samples_ns"], services, strict=True
+        )
     ]
 
 
@@ -157,6 +187,26 @@ def _called(artifact: Artifact, where: Target) -> str:
     runtime = artifact.manifest.runtime
     device = where.device if where.device != "cpu" and runtime != "tensorrt" else ""
     return " ".join(filter(None, (runtime, device, where.way(runtime)[0])))
+
+
+def _check_scenario(
+    scenario: str, rate: float | None, deadline_ms: float | None, confidence_width: float | None
+) -> None:
+    if scenario not in SCENARIOS:
+        raise UsageError(f"There is no scenario '{scenario}' (known: {', '.join(SCENARIOS)}).")
+    if (scenario == "server") != (rate is not None):
+        raise UsageError("The scenario 'server' needs a rate of queries a second, and only that has one.")
+    if rate is not None and not 0 < rate < 1e6:
+        raise UsageError(f"The rate is {rate:g} queries a second; it must be over 0 and below 1,000,000.")
+    if deadline_ms is not None and (scenario != "server" or not 0 < deadline_ms < math.inf):
+        raise UsageError("A deadline is a positive time, and only the scenario 'server' has one.")
+    if confidence_width is not None and (scenario != "single-stream" or not 0 < confidence_width < 1):
+        raise UsageError("A confidence width is a share between 0 and 1, and only 'single-stream' has one.")
+
+
+def _loads(service_ns: Sequence[int], rate: float) -> tuple[float, ...]:
+    """Mean time of work times rate, in each quarter of a run: from 1 on, more comes than is done."""
+    return tuple(float(np.mean(part)) / 1e9 * rate for part in np.array_split(service_ns, 4))
 
 
 def _has_axis(artifact: Artifact, name: str) -> bool:

@@ -20,7 +20,10 @@ from .page import note, page, table
 
 Row = dict[str, Any]
 
-FIELDS = ("name", "speedup", "quality", "drop", "p50", "p90", "p99", "size_bytes", "params", "precision", "runtime")
+FIELDS = (
+    *("name", "speedup", "quality", "drop", "p50", "p90", "p95", "p99", "size_bytes", "params", "precision"),
+    "runtime",
+)
 """What each of ``tables.COLUMNS`` shows, as the ``data-field`` of its cells."""
 
 
@@ -137,7 +140,7 @@ def _table(original: Row, results: Sequence[Row], chosen: str | None) -> str:
         lines.append(f'<tr data-row="{escape(row["name"])}"{mark}>{"".join(parts)}</tr>')
     tokens = f" x sequence {original['sequence']}" if original["sequence"] else ""
     shape = f"batch {original['batch']}{tokens}, n = {original['latency_ms']['n']} each"
-    caption = f"{escape(original['target'])}, {shape}, interleaved; brackets are 95 % bootstrap intervals"
+    caption = f"{escape(original['target'])}, {shape}, interleaved; brackets are 95 % intervals, of speedups 99 %"
     return (
         f'<div class="wide"><table id="comparison"><caption>{caption}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
@@ -148,7 +151,7 @@ def _values(row: Row) -> Row:
     """The number behind each cell, at full precision."""
     quality, speedup = row["quality"] or {}, row["speedup"] or {}
     plain = {name: row[name] for name in ("name", "precision", "params", "size_bytes")}
-    timed = {name: row["latency_ms"][name] for name in ("p50", "p90", "p99")}
+    timed = {name: row["latency_ms"].get(name) for name in ("p50", "p90", "p95", "p99")}
     judged = {"quality": quality.get("value"), "drop": quality.get("drop")}
     return {**plain, **timed, "speedup": speedup.get("value"), **judged}
 

@@ -3,6 +3,10 @@
 It knows no model, data or metric: it opens a runtime's files, feeds them the arrays of an ``.npz``, and prints one JSON
 document with raw nanoseconds. ``mode`` is "latency" (all artifacts in this one process, interleaved round by round, so
 that the machine's drift hits all alike), "memory" (one artifact in a process of its own) or "answers" (what it says).
+
+"latency" knows the ``scenario``s of MLPerf Inference (Reddi et al. 2020, arXiv:1911.02549): "single-stream", one query
+after the other, each timed alone; "offline", all queries are there at once, and the whole is timed; "server", queries
+arrive at a ``rate``, at random, and wait their turn.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import fcntl
 import gc
 import importlib
 import json
+import math
 import os
 import resource
 import sys
@@ -20,12 +25,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, TextIO
 
 import numpy as np
 
 WINDOW = 10
 MOST_WINDOWS = 20
+LEAST = 30
+"""Rounds that there are in any case."""
+OPENINGS = 5
+"""How often artifacts are opened in a run, where opening takes no longer than what is timed meanwhile."""
+TURNS = 20
+"""Of an offline or server run: an artifact serves one after the other, in turn with those of the others."""
+SEGMENTS = 10
+"""Of a run, for its intervals: long enough to be nearly independent, and enough of them for Student's t."""
+CONFIDENCE = 0.99
+"""Of the interval of a ratio: at 95 % one of twenty artifacts that are the same would be called faster or slower."""
+FIRST_LOOK, GROWTH = 100, 1.5
+"""Rounds before a run may end early, and by how much they grow from look to look."""
+SPIN = 300_000
+"""Nanoseconds before a query arrives in which the clock is watched: sleeping is less punctual."""
+
+clock = time.perf_counter_ns
 
 
 def main(text: str, answer: TextIO) -> None:
@@ -83,59 +105,283 @@ RUNTIMES = {
 
 
 def latency(job: dict[str, Any]) -> dict[str, Any]:
-    """Rounds until ``min_queries`` are done or ``min_seconds`` for each artifact are over, but no fewer than 30."""
-    runs = [open_model(artifact, job["threads"], read_feeds(artifact)) for artifact in job["artifacts"]]
+    """The queries of each artifact, in ``samples_ns``: at least 30, and ``min_queries`` or what ``min_seconds`` allow.
 
-    def tell(rounds: int) -> None:
-        print("progress", rounds, job["min_queries"], file=sys.stderr, flush=True)
+    Of an offline run they add up to its whole time. Else each is without ``clock_ns``, what timing itself takes.
+    """
+    feeds = [read_feeds(artifact) for artifact in job["artifacts"]]
+    chance = np.random.default_rng(1)
+    runs: list[Callable[[], Any]] = []
+    pace = [0.0] * len(feeds)
 
-    return {"samples_ns": interleaved(runs, job["min_queries"], job["min_seconds"] * len(runs), tell)}
+    def reopen() -> float:
+        """Open all artifacts, in an order by chance; the seconds it took."""
+        begin = time.monotonic()
+        runs.clear()  # nothing is in memory twice
+        gc.collect()
+        order = chance.permutation(len(feeds)).tolist()
+        opened = {at: open_model(job["artifacts"][at], job["threads"], feeds[at]) for at in order}
+        runs.extend(opened[at] for at in range(len(feeds)))
+        pace[:] = [warm_up(run) for run in runs]
+        return time.monotonic() - begin
+
+    def tell(queries: int) -> None:
+        print("progress", queries, job["min_queries"], file=sys.stderr, flush=True)
+
+    cost, overhead = reopen(), clock_overhead()
+    budget = job["min_seconds"] * len(runs)
+    scenario, most = job.get("scenario", "single-stream"), job["min_queries"]
+    if scenario == "single-stream":
+        width = job.get("confidence_width")
+        found = timed_rounds(runs, most, budget, tell, width=width, reopen=reopen, cost=cost)
+    elif scenario == "offline":
+        fitting = int(job["min_seconds"] * 1e9 / max(pace))
+        found = offline(runs, max(LEAST, min(most, fitting)), budget, tell)
+    else:
+        fitting = int(job["min_seconds"] * job["rate"])
+        arrivals = poisson(job["rate"], max(LEAST, min(most, fitting)), job["seed"])
+        found = server(runs, arrivals, 2 * budget, tell)
+    if scenario != "offline":
+        found["samples_ns"] = [[max(1, ns - overhead) for ns in taken] for taken in found["samples_ns"]]
+    return {"openings": 1, "early": False, "per_slice": 1, **found, "clock_ns": overhead}
 
 
 def interleaved(
     runs: list[Callable[[], Any]], min_queries: int, budget: float, tell: Callable[[int], None] = lambda rounds: None
 ) -> list[list[int]]:
-    """Nanoseconds of each call of each; no new round begins after ``budget`` seconds, but 30 rounds there are.
-
-    Every round has an order of its own, by chance: what a call finds in the caches is not always of the same one.
-    """
-    chance = np.random.default_rng(0)
+    """Nanoseconds of each call of each, after a warm-up, what timing itself takes included; see ``timed_rounds``."""
     for run in runs:
         warm_up(run)
+    samples: list[list[int]] = timed_rounds(runs, min_queries, budget, tell)["samples_ns"]
+    return samples
+
+
+def timed_rounds(
+    runs: list[Callable[[], Any]],
+    min_queries: int,
+    budget: float,
+    tell: Callable[[int], None] = lambda rounds: None,
+    *,
+    width: float | None = None,
+    reopen: Callable[[], float] | None = None,
+    cost: float = 0.0,
+) -> dict[str, Any]:
+    """Each of ``runs`` once a round; no new round begins after ``budget`` seconds, but 30 rounds there are.
+
+    Every round has an order of its own, by chance: what a call finds in the caches is not always of the same one.
+
+    Where the memory of a model comes to lie makes it faster or slower, by more than many rounds leave in doubt
+    (Mytkowicz et al. 2009, ASPLOS; Kalibera and Jones 2013, ISMM). So that it is part of what is measured, ``reopen``
+    places all of them anew, four times during a run, unless that takes longer (``cost`` seconds, the last time) than
+    what was timed since. It takes nothing of the budget.
+
+    With a ``width`` the run may end ``early``: when the interval of each ratio to the first, or of the median of one
+    alone, is narrower than this share of its value. It is looked at after ``looks`` rounds alone, at a confidence of
+    1 - 0.05 / (number of looks) and no less than ``CONFIDENCE``, so that the chance of stopping at an interval that
+    misses stays below 5 % over all of them together (Bonferroni's inequality).
+    """
+    chance = np.random.default_rng(0)
+    checks = looks(min_queries) if width else []
+    confidence = max(CONFIDENCE, 1 - 0.05 / len(checks)) if checks else 0.0
     samples: list[list[int]] = [[] for _ in runs]
-    begin = told = time.monotonic()
+    rounds, openings, early = 0, 1, False
     gc.collect()
     gc.disable()
-    rounds = 0
+    begin = since = told = time.monotonic()
     while rounds < min_queries:
-        for which in chance.permutation(len(runs)):
-            start = time.perf_counter_ns()
-            runs[which]()
-            samples[which].append(time.perf_counter_ns() - start)
+        for which in chance.permutation(len(samples)):
+            samples[which].append(timed(runs[which]))
         rounds += 1
         now = time.monotonic()
-        if rounds >= 30 and now - begin > budget:
+        if rounds >= LEAST and now - begin > budget:
+            break
+        early = rounds in checks and precise(samples, width or 0.0, confidence)
+        if early:
             break
         if now - told > 0.5:
             told = now
             tell(rounds)
+        share = max(rounds / min_queries, (now - begin) / budget if budget else 1.0)
+        if reopen and cost < now - since and openings / OPENINGS <= share < 1:
+            cost = reopen()
+            openings += 1
+            since = time.monotonic()
+            begin += since - now
     gc.enable()
-    return samples
+    return {"samples_ns": samples, "openings": openings, "early": early}
 
 
-def warm_up(run: Callable[[], Any]) -> None:
-    """Run until the medians of two successive windows are within 3 %."""
-    previous = 0.0
+def timed(run: Callable[[], Any]) -> int:
+    start = clock()
+    run()
+    return clock() - start
+
+
+def clock_overhead() -> int:
+    """Nanoseconds that ``timed`` finds for a call that does nothing: the median of 2,001."""
+    return sorted(timed(nothing) for _ in range(2001))[1000]
+
+
+def nothing() -> None:
+    pass
+
+
+def offline(
+    runs: list[Callable[[], Any]], queries: int, budget: float, tell: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """All ``queries`` are there from the beginning and are answered one after the other, in ``slices``.
+
+    A sample is the time from one answer to the next, so that those of a slice add up to all of its time.
+    """
+    samples: list[list[int]] = [[] for _ in runs]
+
+    def serve(which: int, count: int) -> None:
+        stamps = [clock()]
+        for _ in range(count):
+            runs[which]()
+            stamps.append(clock())
+        samples[which] += np.diff(stamps).tolist()
+
+    return {"per_slice": slices(runs, serve, queries, budget, tell), "samples_ns": samples}
+
+
+def server(
+    runs: list[Callable[[], Any]],
+    arrivals: list[int],
+    budget: float,
+    tell: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Queries that come at ``arrivals``, in nanoseconds, and are answered one at a time, first come, first served.
+
+    A sample is the time from when a query was due to its answer, the waiting included, however late it was begun; what
+    the work alone took is in ``service_ns``. They are served in ``slices``: the clock of an artifact stands still while
+    others have their turn, and what waited then goes on waiting.
+    """
+    samples: list[list[int]] = [[] for _ in runs]
+    services: list[list[int]] = [[] for _ in runs]
+    clocks = [0 for _ in runs]
+
+    def serve(which: int, count: int) -> None:
+        done = len(samples[which])
+        begin = clock() - clocks[which]
+        for due in arrivals[done : done + count]:
+            wait(begin + due)
+            start = clock()
+            runs[which]()
+            end = clock()
+            services[which].append(end - start)
+            samples[which].append(end - begin - due)
+        clocks[which] = end - begin
+
+    slices(runs, serve, len(arrivals), budget, tell)
+    return {"samples_ns": samples, "service_ns": services}
+
+
+def slices(
+    runs: list[Callable[[], Any]],
+    serve: Callable[[int, int], None],
+    queries: int,
+    budget: float,
+    tell: Callable[[int], None],
+) -> int:
+    """Let each of ``runs`` have a slice of the ``queries`` in turn, in an order by chance; how many a slice has.
+
+    20 slices are as good for pairs as rounds are, and long enough for a throughput. Before each comes one run that
+    does not count, after which the caches are its own. No new round begins after ``budget`` seconds, but half of them
+    there are.
+    """
+    chance = np.random.default_rng(0)
+    count = max(1, queries // TURNS)
+    gc.collect()
+    gc.disable()
+    begin = time.monotonic()
+    for turn in range(queries // count):
+        for which in chance.permutation(len(runs)):
+            runs[which]()
+            serve(which, count)
+        tell((turn + 1) * count)
+        if turn + 1 >= TURNS // 2 and time.monotonic() - begin > budget:
+            break
+    gc.enable()
+    return count
+
+
+def poisson(rate: float, count: int, seed: int) -> list[int]:
+    """Nanoseconds at which ``count`` queries arrive, ``rate`` a second: a Poisson process, as in MLPerf's server."""
+    gaps = np.random.default_rng(seed).exponential(1e9 / rate, count)
+    arrivals: list[int] = gaps.cumsum().astype(np.int64).tolist()
+    return arrivals
+
+
+def wait(until: int) -> None:
+    left = until - clock()
+    if left > SPIN:
+        time.sleep((left - SPIN) / 1e9)
+    while clock() < until:
+        pass
+
+
+def warm_up(run: Callable[[], Any]) -> float:
+    """Run until the medians of two successive windows are within 3 %; the last of them, in nanoseconds."""
+    median = 0.0
     for _ in range(MOST_WINDOWS):
-        window = []
-        for _ in range(WINDOW):
-            start = time.perf_counter_ns()
-            run()
-            window.append(time.perf_counter_ns() - start)
-        median = sorted(window)[WINDOW // 2]
+        previous, median = median, sorted(timed(run) for _ in range(WINDOW))[WINDOW // 2]
         if abs(median - previous) < 0.03 * median:
-            return
-        previous = median
+            break
+    return median
+
+
+# ---- how sure it is
+
+
+def looks(most: int) -> list[int]:
+    """After how many rounds a run looks whether it may end."""
+    found = [FIRST_LOOK]
+    while found[-1] * GROWTH < most:
+        found.append(int(found[-1] * GROWTH))
+    return found
+
+
+def precise(samples: list[list[int]], width: float, confidence: float) -> bool:
+    """Whether the interval of every ratio to the first, or of one alone, is narrower than ``width``, relatively."""
+    first, *others = np.log(samples)
+    found = [first - other for other in others] or [first]
+    return all(2 * math.sinh(interval(centres(logs), confidence)[1]) < width for logs in found)
+
+
+def centres(values: Any, centre: Callable[[Any], Any] = np.median) -> Any:
+    """The medians of ten segments of a run, each of neighbouring rounds."""
+    return np.array([centre(part) for part in np.array_split(values, SEGMENTS)])
+
+
+def interval(values: Any, confidence: float) -> tuple[float, float]:
+    """The mean of ``values``, one of each segment of a run in their order, and half the width of its interval.
+
+    Samples of one run are no independent draws: a machine's clock and load drift. What is nearly independent are the
+    estimates from long segments, and Student's interval of their mean holds even where some segments are noisier than
+    others (batch means; Ibragimov and Mueller 2010, Journal of Business & Economic Statistics 28:4). Neighbouring
+    segments that are still alike tell less: as in a first-order autoregression, their number is divided by
+    (1 + r) / (1 - r), where r is their autocorrelation, corrected for its bias, and no less than 0.
+    """
+    count = len(values)
+    mean = float(np.mean(values))
+    off = np.asarray(values) - mean
+    squares = float(off @ off)
+    if not squares:
+        return mean, 0.0
+    alike = min(max(float(off[1:] @ off[:-1]) / squares + 1 / count, 0.0), 0.7)
+    error = math.sqrt(squares / (count - 1) / count * (1 + alike) / (1 - alike))
+    return mean, student(confidence, count - 1) * error
+
+
+def student(confidence: float, freedom: int) -> float:
+    """The two-sided quantile of Student's t, by the expansion of Abramowitz and Stegun, 26.7.5: scipy is not needed."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
+    return z + first / freedom + second / freedom**2 + third / freedom**3 + fourth / freedom**4
 
 
 def memory(job: dict[str, Any]) -> dict[str, Any]:

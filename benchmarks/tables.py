@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 COLUMNS = (
-    *("variant", "speedup", "quality", "drop", "p50 ms", "p90 ms", "p99 ms", "MB", "params", "precision"),
+    *("variant", "speedup", "quality", "drop", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "MB", "params", "precision"),
     "runtime",
 )
 
@@ -30,6 +30,7 @@ def cells(row: Row, original: Row) -> list[str]:
         drop_text(row["quality"]),
         f"{latency['p50']:.2f}{around}",
         f"{latency['p90']:.2f}",
+        f"{latency['p95']:.2f}" if latency.get("p95") is not None else "—",
         f"{latency['p99']:.2f}" if latency["p99"] is not None else f"— (n={latency['n']})",
         f"{row['size_bytes'] / 1e6:.1f} ({share:.0%})",
         f"{row['params'] / 1e6:.1f} M",

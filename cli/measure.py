@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError, UsageError
+from . import scenario as scenarios
 from .options import Columns, Data, Json, MetricOption, Seed, TargetsOption, Verbose
 from .screen import Screen, print_json, table
 
@@ -35,6 +36,10 @@ def bench(
     ] = 0,
     queries: Annotated[int, typer.Option("--queries", help="Runs of each artifact.", min=30)] = 1000,
     seconds: Annotated[float, typer.Option("--seconds", help="Or this long for each, whichever ends first.")] = 10.0,
+    scenario: scenarios.Scenario = "single-stream",
+    rate: scenarios.Rate = None,
+    deadline: scenarios.Deadline = None,
+    confidence_width: scenarios.Width = None,
     data: Data = None,
     columns: Columns = None,
     metric: MetricOption = None,
@@ -49,6 +54,7 @@ def bench(
     from ..benchmarks import compare as comparing
 
     options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
+    options |= scenarios.options(scenario, rate, deadline, confidence_width, seed)
     rows: list[dict[str, Any]] = []
     environments: dict[str, Any] = {}
     for taken in _measured(subjects, target or ["cpu"], (batch, seq), (data, columns, metric), seed, **options):
@@ -62,6 +68,7 @@ def bench(
         first, *others = rows[start : start + per_shape]
         print(_heading(first))
         table(first, others, None)
+        scenarios.show([first, *others], environments[first["target"]])
 
 
 def compare(

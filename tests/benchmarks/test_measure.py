@@ -51,9 +51,11 @@ def drifting(rounds: int = 1200) -> np.ndarray[Any, Any]:
 def test_statistics_are_those_of_the_samples() -> None:
     samples = drifting()
     found = made_up(samples)
-    assert [found.p50, found.p90, found.p99] == pytest.approx(np.percentile(samples, [50, 90, 99]))
-    low, high = found.interval()
-    assert low < found.p50 < high
+    assert [found.p50, found.p90, found.p95, found.p99] == pytest.approx(np.percentile(samples, [50, 90, 95, 99]))
+    for percent in (50, 90, 95, 99):
+        low, high = found.interval(percent)
+        assert high
+        assert low < np.percentile(samples, percent) < high
     assert found.throughput == pytest.approx(1000 / found.p50)
 
 
@@ -129,7 +131,7 @@ def test_measurements_of_one_machine_take_turns(workload: Any, tmp_path: Path) -
     said: list[str] = []
 
     def measure() -> None:
-        load.benchmark(
+        ep.benchmark(
             [written], target="cpu:1", sequence=16, min_queries=30, progress=lambda *step: said.append(step[2])
         )
 
@@ -196,7 +198,8 @@ def test_real_artifacts_interleaved(workload: Any, tmp_path: Path) -> None:
     assert all(item.samples.min() > 0 and item.peak_rss_bytes and item.load_ms for item in taken)
     rows = ep.compare(taken)
     assert rows[0]["speedup"] is None
-    assert rows[1]["speedup"]["value"] == pytest.approx(np.median(taken[0].samples) / np.median(taken[1].samples))
+    ratios = np.log(taken[0].samples / taken[1].samples).reshape(10, 6)
+    assert rows[1]["speedup"]["value"] == pytest.approx(np.exp(np.median(ratios, axis=1).mean()))
     with pytest.raises(UsageError, match="1 to 64, not 65"):
         ep.benchmark([first], sequence=65)
 
@@ -228,3 +231,39 @@ def test_a_host_returns_what_was_printed_and_says_why_it_failed(tmp_path: Path) 
         assert host.run(["python", "-c", "print('x' * 100000)"]) == b"x" * 100000 + b"\n"
         with pytest.raises(ep.errors.EdgepressError, match="code 3: why"):
             host.run(["python", "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
+
+
+def test_bench_has_scenarios(here: Any, workload: Any, tmp_path: Path) -> None:
+    artifact = ep.export(workload, tmp_path / "fp32").folder
+    common = ("bench", artifact, artifact, "--target", "cpu:1", "--seq", 16, "--queries", 40)
+    served = here(*common, "--scenario", "server", "--rate", 20, "--deadline", "1000s", "--json")
+    assert served.returncode == 2
+    assert "'1000s' is not such as 15ms" in served.stderr
+    document = json.loads(here(*common, "--scenario", "server", "--rate", 50, "--deadline", "9ms", "--json").stdout)
+    for row in document["rows"]:
+        assert row["scenario"] == "server"
+        assert row["server"]["rate"] == 50
+        assert len(row["server"]["loads"]) == 4
+        assert 0 <= row["server"]["within"] <= 1
+        assert row["server"]["sustained"] == (max(row["server"]["loads"]) < 1)
+        assert row["latency_ms"]["p50"] <= row["latency_ms"]["p90"] <= row["latency_ms"]["p95"]
+        assert row["latency_ms"]["p99"] is None
+        assert row["latency_intervals_ms"]["p99"] is None
+    assert document["environment"]["clock_overhead_ns"] > 0
+    shown = here(*common, "--scenario", "offline", "--batch", 4)
+    assert shown.returncode == 0, shown.stderr
+    assert len(re.findall(r"fp32: [\d,.]+ rows/s \[[\d,.]+, [\d,.]+\]", shown.stdout)) == 2
+    assert re.search(r"timing a query takes \d+ ns itself, which is part of it", shown.stdout)
+
+
+def test_bench_ends_early(here: Any, workload: Any, tmp_path: Path) -> None:
+    artifact = ep.export(workload, tmp_path / "fp32").folder
+    common = ("bench", artifact, "--target", "cpu:1", "--seq", 16, "--confidence-width")
+    for width, said in (("1", "'1' is not such as 1%"), ("0%", "is not such as"), ("200%", "between 0 and 1")):
+        refused = here(*common, width)
+        assert (refused.returncode, said in refused.stderr) == (2, True)
+    shown = here(*common, "99%", "--queries", 5000)
+    assert shown.returncode == 0, shown.stderr
+    rounds = int(re.search(r"ended early, after ([\d,]+) rounds", shown.stdout)[1].replace(",", ""))  # type: ignore[index]
+    assert rounds in runner.looks(5000)
+    assert "p90" in shown.stdout
