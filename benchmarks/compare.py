@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
+from . import profile
 from .environment import differences
 from .measurement import Measurement, resampled_rounds
 
@@ -80,4 +81,15 @@ def row(item: Measurement, faster: Speedup | None) -> dict[str, Any]:
         "latency_interval_ms": list(item.interval()),
         "speedup": faster.to_json() if faster else None,
         "quality": quality,
+        "energy_mj": item.energy_mj,
+        "energy_note": energy_note(item),
+        "profile": profile.read(item).to_json() if item.profile else None,
     }
+
+
+def energy_note(item: Measurement) -> str:
+    """The meter that ``energy_mj`` was read from, or why there is none."""
+    told = item.environment.get("energy")
+    if told is None:
+        return "not measured"
+    return str(told["meter"]) if item.energy_mj is not None else f"not available: {told['why']}"

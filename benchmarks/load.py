@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from ..errors import UnavailableError, UsageError
 from ..export import reference
 from ..export.artifact import Artifact, Axis
-from . import runner, targets
+from . import imitation, meters, profilers, runner, targets
+from .imitation import DoesNotFitError
 from .measurement import Measurement
 from .targets import Target
 
@@ -24,6 +26,11 @@ Feeds = dict[str, NDArray[Any]]
 Progress = Callable[[int, int, str], None]
 
 RUNNER = Path(runner.__file__)
+SHIPPED = (RUNNER, Path(meters.__file__), Path(profilers.__file__), imitation.SOURCE)
+PROFILED_RUNS = 100
+SLICE_SECONDS = 1.0
+"""Of energy: meters count anew every millisecond (RAPL) or tenth of a second (NVML), which is little beside it."""
+ENERGY_TOLD = ("meter", "idle_watts", "why")
 
 
 def benchmark(
@@ -36,14 +43,20 @@ def benchmark(
     min_queries: int = 1000,
     min_seconds: float = 10.0,
     memory: bool = True,
+    energy: bool = False,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> list[Measurement]:
     """Latency of all ``artifacts``, interleaved in one process, and the memory of each in a process of its own.
 
+    After these come, if asked for, the energy of each where the target has a meter, and the time of its operators, in a
+    process that times nothing else.
+
     It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
     have no ``sequence``: it is 0 in what is returned. After a ``past`` of so many tokens their keys and values are
     given. Raises UsageError where the shape lies outside the range that an artifact was proven in, and UnavailableError
-    where its runtime cannot be measured. On a device it raises what ``targets.connect`` does, and ParityError where an
+    where its runtime cannot be measured, or not in operators. DoesNotFitError names those that need more memory than an
+    imitated device has. On a device it raises what ``targets.connect`` does, and ParityError where an
     artifact that came with references does not answer there as it did where it was proven.
     """
     if not artifacts:
@@ -63,6 +76,11 @@ def benchmark(
                 f"{artifact.folder} runs on {package}, which is missing: "
                 f"pip install 'edgepress[{artifact.manifest.runtime}]' brings it."
             )
+        if profile and artifact.manifest.runtime not in runner.PROFILERS:
+            raise UnavailableError(
+                f"{artifact.folder} is for {artifact.manifest.runtime}, which does not tell what its operators take "
+                f"(what does: {', '.join(runner.PROFILERS)})."
+            )
         _check_shape(artifact, batch, sequence, past)
     if not _has_axis(artifacts[0], "sequence"):
         sequence = 0
@@ -70,7 +88,8 @@ def benchmark(
     with targets.connect(where, *runtimes) as (host, where), tempfile.TemporaryDirectory() as folder:
         for at, artifact in enumerate(artifacts):  # pruned models have keys and values of other sizes
             np.savez(Path(folder) / f"feeds{at}.npz", **arbitrary(artifact, batch, sequence, past))  # type: ignore[arg-type]
-        shutil.copy(RUNNER, folder)
+        for source in SHIPPED:
+            shutil.copy(source, folder)
         place = host.put(Path(folder))
         jobs = [
             {
@@ -85,16 +104,32 @@ def benchmark(
             for at, artifact in enumerate(artifacts)
         ]
 
-        def run(**job: Any) -> Any:
-            text = json.dumps({"threads": where.threads, **job})
-            return json.loads(host.run(["python", f"{place}/{RUNNER.name}", text], _relay(progress)))
+        def run(held: imitation.Imitation = where.imitation, **job: Any) -> Any:
+            text = json.dumps({"threads": where.threads, "device": where.device, **job})
+            command, processes = ["python", f"{place}/{RUNNER.name}", text], len(job["artifacts"])
+            told, by = held.run(host, place, command, _relay(progress), processes=processes)
+            held_by.add(by)
+            return told
 
+        held_by: set[str | None] = set()
         if where.address:
             for artifact, job in zip(artifacts, jobs, strict=True):
-                _hold_to_reference(artifact, job, host, where, run)
-        memories = [run(mode="memory", artifacts=[job]) if memory else {} for job in jobs]
-        samples = run(mode="latency", artifacts=jobs, min_queries=min_queries, min_seconds=min_seconds)["samples_ns"]
-        environment = host.environment(where.threads)
+                _hold_to_reference(artifact, job, host, where, partial(run, imitation.Imitation()))
+        if where.imitation.memory:
+            memories = _all_fitting(artifacts, [partial(run, mode="memory", artifacts=[job]) for job in jobs])
+        else:
+            memories = [run(mode="memory", artifacts=[job]) if memory else {} for job in jobs]
+        timed = run(mode="latency", artifacts=jobs, min_queries=min_queries, min_seconds=min_seconds)
+        environment = {**host.environment(where.threads), "watch": timed["watch"]}
+        spent = {"millijoules": None, "why": "not asked for"}
+        if energy:
+            spent = run(mode="energy", artifacts=jobs, seconds=SLICE_SECONDS)
+            environment["energy"] = {name: value for name, value in spent.items() if name in ENERGY_TOLD}
+        profiles = [run(mode="profile", artifacts=[job], runs=PROFILED_RUNS) if profile else None for job in jobs]
+        if where.imitation:
+            by = next(filter(None, held_by), None)
+            held = {"cpus": list(where.imitation.cpus), "memory_bytes": where.imitation.memory, "memory_by": by}
+            environment["imitation"] = held
     return [
         Measurement(
             name=artifact.name,
@@ -111,9 +146,29 @@ def benchmark(
             past=past,
             samples_ms=tuple(ns / 1e6 for ns in taken),
             environment=environment,
+            energy_mj=spent["millijoules"][at] if spent["millijoules"] else None,
+            profile=told,
         )
-        for artifact, used, taken in zip(artifacts, memories, samples, strict=True)
+        for at, (artifact, used, taken, told) in enumerate(
+            zip(artifacts, memories, timed["samples_ns"], profiles, strict=True)
+        )
     ]
+
+
+def _all_fitting(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each of ``uses`` gives, in a process that has the imitated device's memory for one artifact alone; once all
+    have been tried, DoesNotFitError for those that needed more."""
+    found, said = {}, []
+    for artifact, use in zip(artifacts, uses, strict=True):
+        try:
+            found[artifact.folder] = use()
+        except DoesNotFitError as error:
+            said.append(f"{artifact.folder} does not fit {error}")
+    if said:
+        error = DoesNotFitError(f"{'; '.join(said)}.")
+        error.fitting = tuple(artifact for artifact in artifacts if artifact.folder in found)
+        raise error
+    return list(found.values())
 
 
 def _has_axis(artifact: Artifact, name: str) -> bool:

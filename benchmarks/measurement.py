@@ -43,6 +43,10 @@ class Measurement:
     quality: Quality | None = None
     past: int = 0
     """Tokens before, whose keys and values were given."""
+    energy_mj: float | None = None
+    """Millijoules of one run, of all that the meter in ``environment["energy"]`` measures; None without one."""
+    profile: Mapping[str, Any] | None = None
+    """What ``runner.profile`` told; :func:`.profile.read` makes sense of it."""
 
     @cached_property
     def samples(self) -> Floats:

@@ -2,7 +2,8 @@
 
 It knows no model, data or metric: it opens a runtime's files, feeds them the arrays of an ``.npz``, and prints one JSON
 document with raw nanoseconds. ``mode`` is "latency" (all artifacts in this one process, interleaved round by round, so
-that the machine's drift hits all alike), "memory" (one artifact in a process of its own) or "answers" (what it says).
+that the machine's drift hits all alike), "memory" (one artifact in a process of its own), "answers" (what it says),
+"energy" (joules, after the timing) or "profile" (time by operator, of one artifact, in a process that times nothing else).
 """
 
 from __future__ import annotations
@@ -14,18 +15,27 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+if __package__:
+    from . import meters, profilers
+else:  # on a target, where these files lie side by side
+    import meters  # type: ignore[import-not-found,no-redef]
+    import profilers  # type: ignore[import-not-found,no-redef]
+
 WINDOW = 10
 MOST_WINDOWS = 20
+SLICES = 3
 
 
 def main(text: str) -> None:
     job = json.loads(text)
-    result = {"latency": latency, "memory": memory, "answers": answers}[job["mode"]](job)
+    modes = {"latency": latency, "memory": memory, "answers": answers, "energy": energy, "profile": profile}
+    result = modes[job["mode"]](job)
     json.dump(result, sys.stdout)
 
 
@@ -41,6 +51,12 @@ def read_feeds(artifact: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_onnx(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
+    session = onnx_session(artifact, threads)
+    return lambda: session.run(None, feeds)
+
+
+def onnx_session(artifact: dict[str, Any], threads: int, trace: str = "") -> Any:
+    """A session, which where there is a ``trace`` writes what it does to a file whose name begins so."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -49,25 +65,31 @@ def open_onnx(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> 
     options.log_severity_level = 3
     # An idle session's threads go on spinning for their next run, and take the CPUs from the session being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(
+    if trace:
+        options.enable_profiling = True
+        options.profile_file_prefix = trace
+    return onnxruntime.InferenceSession(
         artifact["model"],
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=artifact["disabled_optimizers"],
     )
-    return lambda: session.run(None, feeds)
 
 
 def open_openvino(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
+    request = openvino_model(artifact, threads).create_infer_request()
+    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
+
+
+def openvino_model(artifact: dict[str, Any], threads: int, **more: Any) -> Any:
     import openvino
 
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **more}
     if artifact.get("inference_precision"):
         settings["INFERENCE_PRECISION_HINT"] = artifact["inference_precision"]
     if artifact.get("dynamic_quantization") is not None:
         settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = artifact["dynamic_quantization"]
-    request = openvino.Core().compile_model(artifact["model"], "CPU", settings).create_infer_request()
-    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
+    return openvino.Core().compile_model(artifact["model"], "CPU", settings)
 
 
 def open_executorch(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
@@ -94,10 +116,14 @@ def latency(job: dict[str, Any]) -> dict[str, Any]:
     """Rounds until ``min_queries`` are done or ``min_seconds`` for each artifact are over, but no fewer than 30."""
     runs = [open_model(artifact, job["threads"], read_feeds(artifact)) for artifact in job["artifacts"]]
 
+    watch = meters.Watch()
+
     def tell(rounds: int) -> None:
+        watch.look()  # between two rounds, where nothing is timed
         print("progress", rounds, job["min_queries"], file=sys.stderr, flush=True)
 
-    return {"samples_ns": interleaved(runs, job["min_queries"], job["min_seconds"] * len(runs), tell)}
+    samples = interleaved(runs, job["min_queries"], job["min_seconds"] * len(runs), tell)
+    return {"samples_ns": samples, "watch": watch.result()}
 
 
 def interleaved(
@@ -156,6 +182,51 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
     for _ in range(3):
         run()
     return {"load_ns": load_ns, "peak_rss_bytes": peak_rss()}
+
+
+def energy(job: dict[str, Any]) -> dict[str, Any]:
+    """Millijoules of one run of each, all that the meter measures, over slices of ``seconds`` that take turns; None
+    with the reason where there is no meter."""
+    found, why = meters.find(job.get("root", "/"), gpu=job.get("device", "cpu") != "cpu")
+    if not found:
+        return {"millijoules": None, "why": why}
+    chance = np.random.default_rng(0)
+    runs = [open_model(artifact, job["threads"], read_feeds(artifact)) for artifact in job["artifacts"]]
+    for run in runs:
+        warm_up(run)
+    spent, counts = [0.0] * len(runs), [0] * len(runs)
+    with meters.reading(found) as joules:
+        start, begin = joules(), time.monotonic()
+        time.sleep(job["seconds"])
+        idle = (joules() - start) / (time.monotonic() - begin)
+        for _ in range(SLICES):
+            for which in chance.permutation(len(runs)):
+                start, end = joules(), time.monotonic() + job["seconds"]
+                while time.monotonic() < end:
+                    runs[which]()
+                    counts[which] += 1
+                spent[which] += joules() - start
+    each = [1e3 * all_ / count for all_, count in zip(spent, counts)]  # noqa: B905 - Python 3.8
+    return {"millijoules": each, "runs": counts, "meter": ", ".join(one.name for one in found), "idle_watts": idle}
+
+
+def profile(job: dict[str, Any]) -> dict[str, Any]:
+    """The time of each operator over ``runs`` runs, as the runtime itself tells it, and of the whole runs.
+
+    ``nodes`` are in the order in which they ran: ``name``, ``op``, ``kernel``, ``calls`` and ``ns`` of all runs, and
+    under ``of`` the names of what the runtime fused into it, where it tells them.
+    """
+    (artifact,) = job["artifacts"]
+    told, opener = PROFILERS[artifact["runtime"]]
+    result: dict[str, Any] = told(partial(opener, artifact, job["threads"]), read_feeds(artifact), job["runs"])
+    return result
+
+
+PROFILERS: dict[str, tuple[Any, Any]] = {
+    "onnx": (profilers.onnx, onnx_session),
+    "openvino": (profilers.openvino, openvino_model),
+}
+"""What tells the time of a runtime's operators, by the word of the manifest, and what opens a file for it."""
 
 
 def answers(job: dict[str, Any]) -> dict[str, Any]:

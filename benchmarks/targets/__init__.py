@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from ...errors import EdgepressError, UnavailableError, UsageError
 from ..environment import usable_cpus
+from ..imitation import Imitation, take
 from ..runner import RUNTIMES
 from .ssh import Address
 
@@ -28,7 +29,7 @@ PLANNED = {"cuda": "ONNX Runtime on an NVIDIA GPU", "tensorrt": "TensorRT"}
 
 THERE_IS = (
     "there is: cpu, cpu:N with a number of threads, cpu:openvino, cpu:openvino:N, and all of them on a device, as in "
-    "ssh://user@host/cpu:2"
+    "ssh://user@host/cpu:2; ?memory=512MB&cpus=0,1 after one imitates a smaller device"
 )
 NO_OPENVINO = "OpenVINO is missing: pip install 'edgepress[openvino]' brings it."
 
@@ -48,14 +49,15 @@ class Target:
     device: str
     threads: int
     address: Address | None = None
+    imitation: Imitation = Imitation()
 
     def __str__(self) -> str:
         runtime = "" if self.runtime == "onnx" else f":{self.runtime}"
         threads = f":{self.threads}" if self.threads else ""
-        if not self.address:
-            return f"{self.device}{runtime}{threads}"
-        query = f"?{self.address.query}" if self.address.query else ""
-        return f"ssh://{self.address.authority}/{self.device}{runtime}{threads}{query}"
+        queries = (self.address.query if self.address else "", self.imitation.query)
+        query = "&".join(filter(None, queries))
+        host = f"ssh://{self.address.authority}/" if self.address else ""
+        return f"{host}{self.device}{runtime}{threads}{'?' if query else ''}{query}"
 
     @property
     def where(self) -> str:
@@ -74,11 +76,16 @@ def parse(text: str) -> Target:
     """``cpu`` (all usable CPUs) or ``cpu:N`` threads, for ONNX Runtime; ``cpu:openvino`` or ``cpu:openvino:N``.
 
     On a device ``ssh://user@host:port/`` stands before it, and ``?python=PATH`` or ``?folder=PATH`` may follow; without
-    a word after the host it is ``cpu``. UnavailableError for what is only planned, or not installed here.
+    a word after the host it is ``cpu``. ``?memory=512MB&cpus=0,1`` after either imitates a smaller device.
+    UnavailableError for what is only planned, or not installed here.
     """
-    device = re.fullmatch(r"ssh://([^/?]*)(?:/([^?]*))?(?:\?(.*))?", text)
-    address = Address.parse(device[1], device[3] or "") if device else None
-    word = (device[2] or "cpu") if device else text
+    place, _, query = text.partition("?")
+    imitation, query = take(query)
+    device = re.fullmatch(r"ssh://([^/]*)(?:/(.*))?", place)
+    address = Address.parse(device[1], query) if device else None
+    word = (device[2] or "cpu") if device else place
+    if query and not device:
+        raise UsageError(f"'?{query}' after the target '{place}' is not of ?memory=512MB and ?cpus=0,1.")
     match = re.fullmatch(r"cpu(:openvino)?(?::(\d{1,4}))?", word)
     if match:
         runtime = "openvino" if match[1] else "onnx"
@@ -86,10 +93,12 @@ def parse(text: str) -> Target:
         if address:
             if threads == 0:
                 raise UsageError(f"The target '{text}' asks for 0 threads.")
-            return Target("ssh", runtime, "cpu", threads or 0, address)
+            return Target("ssh", runtime, "cpu", threads or 0, address, imitation)
         if runtime == "openvino" and not find_spec("openvino"):
             raise UnavailableError(NO_OPENVINO)
-        return _fitting(Target("local", runtime, "cpu", usable_cpus() if threads is None else threads), usable_cpus())
+        cpus = len(imitation.cpus) or usable_cpus()
+        threads = cpus if threads is None else threads
+        return _fitting(Target("local", runtime, "cpu", threads, imitation=imitation), cpus)
     for planned, what in PLANNED.items():
         if word == planned or word.split(":", maxsplit=1)[0] == planned:
             raise UnavailableError(f"The target '{text}' ({what}) is not available yet in this version ({THERE_IS}).")
@@ -106,7 +115,7 @@ def connect(target: Target, *runtimes: str) -> Iterator[tuple[Any, Target]]:
     with get(target.host).connect(target.address) as host:
         if target.address:
             environment = host.environment(0)
-            cpus = environment["cpus"]
+            cpus = len(target.imitation.cpus) or environment["cpus"]
             target = _fitting(replace(target, threads=target.threads or cpus), cpus)
             lacking = list(dict.fromkeys(name for runtime in runtimes for name in _lacking(environment, runtime)))
             if lacking:
@@ -192,7 +201,8 @@ def listing_of(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _fitting(target: Target, cpus: int) -> Target:
     if not 1 <= target.threads <= cpus:
         raise UsageError(
-            f"The target '{target}' asks for {target.threads} threads; {target.where} has {cpus} usable CPUs."
+            f"The target '{target}' asks for {target.threads} threads; {target.where} has {cpus} usable CPUs"
+            f"{' by cpus=' if target.imitation.cpus else ''}."
         )
     return target
 
