@@ -22,7 +22,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-WANT = re.compile("bad.?alloc|MemoryError|[Oo]ut of memory|[Cc]annot allocate|failed to allocate|failed to map", re.ASCII)
+WANT = re.compile(
+    "bad.?alloc|MemoryError|out of memory|cannot allocate memory|failed to allocate|memory allocation|failed to map",
+    re.ASCII | re.IGNORECASE,
+)
 SIGNALS = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 """How a program may end that asks for memory and does not look whether it got any."""
 
@@ -72,12 +75,13 @@ def run(command: tuple[str, ...], memory: int, group: Path | None) -> int:
     if code == 0:
         by = ("cgroup" if group else "RLIMIT_DATA") if memory else None
         return tell(done=json.loads(printed), by=by)
-    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else last
+    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else ""
+    wanting = WANT.search(last)
     if group and killed(group):
-        return tell(unfit="the kernel ended it when it asked for more", by="cgroup")
-    if memory and not group and (WANT.search(last) or -code in SIGNALS):
-        return tell(unfit=ended, by="RLIMIT_DATA")
-    if code < 0:
+        return tell(unfit="the kernel ended it", by="cgroup")
+    if memory and not group and (wanting or -code in SIGNALS):
+        return tell(unfit=f"it said '{wanting[0]}'" if wanting else f"it was {ended}", by="RLIMIT_DATA")
+    if ended:
         print(f"it was {ended}", file=sys.stderr)
     return code if code > 0 else 128 - code
 

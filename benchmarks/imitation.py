@@ -75,7 +75,10 @@ class Imitation:
         if "refused" in told:
             raise UsageError(f"The target cannot be imitated: {told['refused']}.")
         if "unfit" in told:
-            raise DoesNotFitError(f"in {shown(self.memory)} on the imitated device, by {told['by']} ({told['unfit']})")
+            raise DoesNotFitError(
+                f"in {shown(self.memory)} on the imitated device: it asked for more than {told['by']} allows, and "
+                f"{told['unfit']}"
+            )
         return told["done"], told["by"]
 
 

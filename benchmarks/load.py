@@ -155,6 +155,18 @@ def benchmark(
     ]
 
 
+def fitting(artifacts: Sequence[Artifact], unfit: list[str] | None, **options: Any) -> list[Measurement]:
+    """As :func:`benchmark`; with a list ``unfit``, those alone that have the memory that they need on an imitated
+    device, while a sentence about the others is added to the list."""
+    try:
+        return benchmark(artifacts, **options)
+    except DoesNotFitError as error:
+        if unfit is None:
+            raise
+        unfit.append(str(error))
+        return benchmark(error.fitting, **options) if error.fitting else []
+
+
 def _all_fitting(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]]) -> list[Any]:
     """What each of ``uses`` gives, in a process that has the imitated device's memory for one artifact alone; once all
     have been tried, DoesNotFitError for those that needed more."""

@@ -251,9 +251,10 @@ def _largest(found: Profile) -> list[str]:
 
 
 def _box(row: int, x: float, width: float, label: str, tip: str, hue: int | None) -> str:
-    """A box with as much of its label as it has room for, the end of a path first."""
-    y, room = row * ROW, int((width - 8) / 6.6)
-    short = label if len(label) <= room else f"…{label[1 - room :]}" if room > 3 else ""
+    """A box with as much of its label as it has room for: the end of a path, or the beginning of a word."""
+    y, room = row * ROW, int((width - 8) / 7.2)
+    cut = f"…{label[1 - room :]}" if "." in label else f"{label[: room - 1]}…"
+    short = label if len(label) <= room else cut if room > 3 else ""
     text = f'<text class="tick" x="{x + 4:.2f}" y="{y + 17}">{escape(short)}</text>' if short else ""
     fill = f'class="hue{hue}" style="fill:var(--hue)"' if hue is not None else 'style="fill:var(--other)"'
     return (

@@ -34,8 +34,8 @@ def cells(row: Row, original: Row) -> list[str]:
     ]
 
 
-COSTS = ("variant", "rows/s", "load ms", "peak MB", "MB on disk", "GMAC", "energy mJ")
-"""What an artifact takes and gives besides its latency."""
+COSTS = ("variant", "rows/s", "load ms", "peak MB", "MB on disk", "GMAC a row", "energy mJ")
+"""What an artifact takes and gives besides its latency; the products are those of the example row of its model."""
 
 
 def costs(row: Row) -> list[str]:
@@ -47,7 +47,7 @@ def costs(row: Row) -> list[str]:
         f"{load:.0f}" if load is not None else "—",
         f"{peak / 1e6:.0f}" if peak is not None else "—",
         f"{row['size_bytes'] / 1e6:.1f}",
-        f"{row['macs'] * row['batch'] / 1e9:.3f}",
+        f"{row['macs'] / 1e9:.3f}",
         f"{energy:.2f}" if energy is not None else "not available",
     ]
 

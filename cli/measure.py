@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError, UnavailableError, UsageError
-from .options import Data, Json, Seed, TargetsOption, Verbose
+from .options import Data, Json, Out, Seed, TargetsOption, Verbose
 from .screen import Screen, print_json, table
 
 if TYPE_CHECKING:
@@ -30,34 +30,58 @@ def bench(
     queries: Annotated[int, typer.Option("--queries", help="Runs of each artifact.", min=30)] = 1000,
     seconds: Annotated[float, typer.Option("--seconds", help="Or this long for each, whichever ends first.")] = 10.0,
     data: Data = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also which operators the time goes to; -o FOLDER gets a picture.")
+    ] = False,
+    out: Out = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
 ) -> None:
     """Measure artifacts against each other; the first is the one the others are compared with."""
     from ..benchmarks import compare as comparing
+    from ..benchmarks import targets
+    from ..benchmarks.imitation import DoesNotFitError
     from ..export.artifact import open_artifact
+    from . import findings
 
+    if out and not profile:
+        raise UsageError("-o is the folder for the picture of a profile: give --profile too.")
     if data:
         raise UnavailableError("bench --data (quality beside latency) is not available yet in this version.")
     opened = [open_artifact(folder) for folder in artifacts]
     shapes = [(size, length) for size in _numbers(batch, "--batch") for length in _numbers(seq, "--seq")]
     options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
-    rows: list[dict[str, Any]] = []
+    options |= {"energy": True, "profile": profile}
     environments: dict[str, Any] = {}
-    for taken in _measured(opened, target or ["cpu"], shapes, **options):
-        rows += comparing.rows(taken)
+    unfit: list[str] = []
+    measured = [taken for taken in _measured(opened, target or ["cpu"], shapes, unfit, **options) if taken]
+    tables = [comparing.rows(taken) for taken in measured]
+    for taken in measured:
         environments[taken[0].target] = dict(taken[0].environment)
-    if json_:
-        print_json({"rows": rows, "environment": next(iter(environments.values())), "environments": environments})
-        return
-    per_shape = len(opened)
-    for start in range(0, len(rows), per_shape):
-        first, *others = rows[start : start + per_shape]
+    if json_ and measured:
+        document = {
+            "rows": [row for rows in tables for row in rows],
+            "environment": next(iter(environments.values())),
+            "environments": environments,
+            "warnings": [{"target": taken[0].target, "says": said} for taken in measured for said in findings.doubts(taken)],
+            "refused": unfit,
+        }
+        print_json(document)
+    for taken, (first, *others) in zip(measured, tables, strict=True) if not json_ else ():
         tokens = f" x sequence {first['sequence']}" if first["sequence"] else ""
         tokens += f" after {first['past']}" if first["past"] else ""
         print(f"{first['target']}, batch {first['batch']}{tokens}")
+        if imitated := targets.parse(first["target"]).imitation:
+            print(imitated.told)
         table(first, others, None)
+        findings.show(taken, [first, *others])
+    if out and measured:
+        page = findings.write_profiles(measured, out)
+        if not json_:
+            print(f"profile    {page}")
+    if unfit:
+        raise DoesNotFitError(" ".join(dict.fromkeys(unfit)))
 
 
 def compare(
@@ -129,9 +153,17 @@ def sweep(
 
 
 def _measured(
-    artifacts: Sequence[Artifact], names: Sequence[str], shapes: Sequence[tuple[int, int]], **options: Any
+    artifacts: Sequence[Artifact],
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    unfit: list[str] | None = None,
+    **options: Any,
 ) -> list[list[Measurement]]:
-    """``artifacts`` interleaved in each shape, batch and sequence, on each target; hosts work at the same time."""
+    """``artifacts`` interleaved in each shape, batch and sequence, on each target; hosts work at the same time.
+
+    Where there is a list ``unfit``, it gets a sentence about those that do not fit in an imitated device, and the
+    others are measured without them.
+    """
     from ..benchmarks import load, targets
 
     parsed = [targets.parse(name) for name in names]
@@ -142,8 +174,9 @@ def _measured(
 
         def work(target: targets.Target) -> list[list[Measurement]]:
             return [
-                load.benchmark(
+                load.fitting(
                     artifacts,
+                    unfit,
                     target=str(target),
                     batch=size,
                     sequence=length,
