@@ -121,3 +121,38 @@ def openvino(opener: Callable[..., Any], feeds: dict[str, Any], runs: int) -> di
         if after > earlier
     ]
     return {"runs": done, "ns": spent, "nodes": nodes}
+
+
+def executorch(opener: Callable[..., Any], feeds: dict[str, Any], runs: int) -> dict[str, Any]:
+    """Of a program with a trace that ``opener`` loads, by ExecuTorch's own inspector: what XNNPACK computes, and the
+    operators beside it. The file keeps no names of the model's layers."""
+    import torch
+
+    program = opener(enable_etdump=True)
+    method = program.load_method("forward")
+    inputs = [torch.from_numpy(array) for array in feeds.values()]
+    warm, _ = repeated(lambda: method.execute(inputs), WARM)
+    done, spent = repeated(lambda: method.execute(inputs), runs)
+    with tempfile.TemporaryDirectory() as folder:
+        program.write_etdump_result_to_file(f"{folder}/trace", f"{folder}/buffers")
+        from executorch.devtools import Inspector
+
+        blocks = Inspector(etdump_path=f"{folder}/trace").event_blocks
+    nodes = []
+    for event in (event for block in blocks if block.name == "Execute" for event in block.events):
+        op, kernel = executorch_kernel(event.name, event.is_delegated_op)
+        if op:
+            taken = event.perf_data.raw[warm:]
+            name = f"{len(nodes)} {event.name}"
+            ns = 1e6 * sum(taken)
+            nodes.append({"name": name, "op": op, "kernel": kernel, "calls": len(taken), "ns": ns})
+    return {"runs": done, "ns": spent, "nodes": nodes}
+
+
+def executorch_kernel(name: str, delegated: bool) -> tuple[str, str]:
+    """The type and the kernel of an event such as "Fully Connected (NC, F32) GEMM #1" or "native_call_gelu.out"; nothing
+    for those that hold others."""
+    if delegated:
+        op, _, kind = name.partition(" (")
+        return op, f"XNNPACK {kind.rpartition(' #')[0].replace(')', '', 1) or 'operator'}"
+    return (name[len("native_call_") :], "portable") if name.startswith("native_call_") else ("", "")

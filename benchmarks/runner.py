@@ -94,14 +94,18 @@ def openvino_model(artifact: dict[str, Any], threads: int, **more: Any) -> Any:
 
 def open_executorch(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
     import torch
+
+    method = executorch_program(artifact, threads).load_method("forward")
+    inputs = [torch.from_numpy(feeds[name]) for name in artifact["inputs"]]
+    return lambda: method.execute(inputs)
+
+
+def executorch_program(artifact: dict[str, Any], threads: int, **more: Any) -> Any:
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
     portable_lib._unsafe_reset_threadpool(threads)
-    program = Runtime.get().load_program(artifact["model"])
-    method = program.load_method("forward")
-    inputs = [torch.from_numpy(feeds[name]) for name in artifact["inputs"]]
-    return lambda: method.execute(inputs)
+    return Runtime.get().load_program(artifact["model"], **more)
 
 
 RUNTIMES = {
@@ -218,13 +222,16 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     """
     (artifact,) = job["artifacts"]
     told, opener = PROFILERS[artifact["runtime"]]
-    result: dict[str, Any] = told(partial(opener, artifact, job["threads"]), read_feeds(artifact), job["runs"])
+    arrays = read_feeds(artifact)
+    feeds = {name: arrays[name] for name in artifact["inputs"]}  # in order, where a runtime knows no names
+    result: dict[str, Any] = told(partial(opener, artifact, job["threads"]), feeds, job["runs"])
     return result
 
 
 PROFILERS: dict[str, tuple[Any, Any]] = {
     "onnx": (profilers.onnx, onnx_session),
     "openvino": (profilers.openvino, openvino_model),
+    "executorch": (profilers.executorch, executorch_program),
 }
 """What tells the time of a runtime's operators, by the word of the manifest, and what opens a file for it."""
 
