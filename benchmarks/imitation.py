@@ -54,6 +54,10 @@ class Imitation:
         parts += [f"{shown(self.memory)} of memory"] if self.memory else []
         return f"an imitation of a smaller device: {', '.join(parts)}"
 
+    def to_json(self, *, by: str | None) -> dict[str, Any]:
+        """For the environment of a measurement, with what held the memory; nothing of none."""
+        return {"cpus": list(self.cpus), "memory_bytes": self.memory, "memory_by": by} if self else {}
+
     def run(
         self,
         host: Any,

@@ -76,12 +76,9 @@ def benchmark(
                 f"{artifact.folder} runs on {package}, which is missing: "
                 f"pip install 'edgepress[{artifact.manifest.runtime}]' brings it."
             )
-        if profile and artifact.manifest.runtime not in runner.PROFILERS:
-            raise UnavailableError(
-                f"{artifact.folder} is for {artifact.manifest.runtime}, which does not tell what its operators take "
-                f"(what does: {', '.join(runner.PROFILERS)})."
-            )
         _check_shape(artifact, batch, sequence, past)
+    if profile:
+        _check_profilers(artifacts)
     if not _has_axis(artifacts[0], "sequence"):
         sequence = 0
     runtimes = (artifact.manifest.runtime for artifact in artifacts)
@@ -115,21 +112,17 @@ def benchmark(
         if where.address:
             for artifact, job in zip(artifacts, jobs, strict=True):
                 _hold_to_reference(artifact, job, host, where, partial(run, imitation.Imitation()))
-        if where.imitation.memory:
-            memories = _all_fitting(artifacts, [partial(run, mode="memory", artifacts=[job]) for job in jobs])
-        else:
-            memories = [run(mode="memory", artifacts=[job]) if memory else {} for job in jobs]
+        uses = [partial(run, mode="memory", artifacts=[job]) for job in jobs]
+        memories = _all_fitting(artifacts, uses) if memory or where.imitation.memory else [{} for _ in jobs]
         timed = run(mode="latency", artifacts=jobs, min_queries=min_queries, min_seconds=min_seconds)
-        environment = {**host.environment(where.threads), "watch": timed["watch"]}
-        spent = {"millijoules": None, "why": "not asked for"}
-        if energy:
-            spent = run(mode="energy", artifacts=jobs, seconds=SLICE_SECONDS)
-            environment["energy"] = {name: value for name, value in spent.items() if name in ENERGY_TOLD}
+        spent = run(mode="energy", artifacts=jobs, seconds=SLICE_SECONDS) if energy else {"millijoules": None}
         profiles = [run(mode="profile", artifacts=[job], runs=PROFILED_RUNS) if profile else None for job in jobs]
-        if where.imitation:
-            by = next(filter(None, held_by), None)
-            held = {"cpus": list(where.imitation.cpus), "memory_bytes": where.imitation.memory, "memory_by": by}
-            environment["imitation"] = held
+        found = {
+            "watch": timed["watch"],
+            "energy": {name: value for name, value in spent.items() if name in ENERGY_TOLD},
+            "imitation": where.imitation.to_json(by=next(filter(None, held_by), None)),
+        }
+        environment = {**host.environment(where.threads), **{name: value for name, value in found.items() if value}}
     return [
         Measurement(
             name=artifact.name,
@@ -167,6 +160,15 @@ def fitting(artifacts: Sequence[Artifact], unfit: list[str] | None, **options: A
         return benchmark(error.fitting, **options) if error.fitting else []
 
 
+def _check_profilers(artifacts: Sequence[Artifact]) -> None:
+    for artifact in artifacts:
+        if artifact.manifest.runtime not in runner.PROFILERS:
+            raise UnavailableError(
+                f"{artifact.folder} is for {artifact.manifest.runtime}, which does not tell what its operators take "
+                f"(what does: {', '.join(runner.PROFILERS)})."
+            )
+
+
 def _all_fitting(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]]) -> list[Any]:
     """What each of ``uses`` gives, in a process that has the imitated device's memory for one artifact alone; once all
     have been tried, DoesNotFitError for those that needed more."""
@@ -177,9 +179,9 @@ def _all_fitting(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]
         except DoesNotFitError as error:
             said.append(f"{artifact.folder} does not fit {error}")
     if said:
-        error = DoesNotFitError(f"{'; '.join(said)}.")
-        error.fitting = tuple(artifact for artifact in artifacts if artifact.folder in found)
-        raise error
+        unfit = DoesNotFitError(f"{'; '.join(said)}.")
+        unfit.fitting = tuple(artifact for artifact in artifacts if artifact.folder in found)
+        raise unfit
     return list(found.values())
 
 
@@ -250,7 +252,7 @@ def _numbered(artifact: Artifact, cases: Sequence[reference.Case]) -> Feeds:
 
 def _relay(progress: Progress | None) -> Callable[[str], None]:
     def line(text: str) -> None:
-        word, *numbers = text.split()
+        word, *numbers = text.split() or [""]
         if progress and word == "progress" and len(numbers) == 2:
             progress(int(numbers[0]), int(numbers[1]), "rounds")
 

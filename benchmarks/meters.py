@@ -1,7 +1,7 @@
 """What a machine does while something is timed: the energy it takes, its clock, its heat, and who else works on it.
 
-One file of Python 3.8's standard library, in ASCII, which goes to a device beside ``runner.py``. It reads what the kernel
-keeps under ``/sys`` and ``/proc``; every reader takes the root of these folders.
+One file of Python 3.8's standard library, in ASCII, which goes to a device beside ``runner.py``. It reads what the
+kernel keeps under ``/sys`` and ``/proc``; every reader takes the root of these folders.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Rapl:
             raise NoMeterError(f"{zone}/energy_uj cannot be read ({why}), which root may, or who is let") from error
 
     def joules(self) -> float:
-        """Since the meter was made; at least once in the minutes that a counter takes to begin anew it has to be asked."""
+        """Since the meter was made. It has to be asked before a counter, which takes minutes, has begun anew twice."""
         now = [self._microjoules(zone) for zone in self._zones]
         for value, last, most in zip(now, self._last, self._ranges):  # noqa: B905 - Python 3.8
             self._total += value - last if value >= last else value - last + most
@@ -216,7 +216,7 @@ class Watch:
     def result(self) -> dict[str, Any]:
         """Shares are of the CPU time that there was; None is what this machine does not tell."""
         counts = self._counts()
-        moved = {
+        moved: dict[str, Any] = {
             name: None if value is None or self._first[name] is None else value - self._first[name]
             for name, value in counts.items()
         }

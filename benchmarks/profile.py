@@ -102,8 +102,8 @@ def layer_of(name: str) -> str:
 
     Names are those of edgepress's own files, ``bert.encoder.layer.0.attention.self.query/MatMul``, or those that
     torch's exporters write, ``/bert/encoder/layer.0/attention/self/query/MatMul``. An operator's own name, with no
-    module before it, is of no layer. A conversion that OpenVINO puts between two (``A___B``, ``A_f32_bf16_B``) is of the
-    second's.
+    module before it, is of no layer. A conversion that OpenVINO puts between two (``A___B``, ``A_f32_bf16_B``) is of
+    the layer of the second.
     """
     name = re.split(r"___|_[a-z]+\d+_[a-z]+\d+_", name)[-1]
     path, slash, _ = name.strip("/").rpartition("/")
@@ -193,7 +193,9 @@ def write_page(measured: Sequence[Any], shown: Sequence[str]) -> str:
         parts = [
             note(headline(found, item.p50)),
             flame(found),
-            note("Widths are time: the run, the layers in the order of the model, their operators by type, one by one."),
+            note(
+                "Widths are time: the run, the layers in the order of the model, their operators by type, one by one."
+            ),
             table(TYPES_HEADER, type_lines(found), name=f"types{number}", caption="Types of operators"),
             table(LAYERS_HEADER, layer_lines(found), name=f"layers{number}", caption="Layers"),
             "<details><summary>Every operator</summary>",
@@ -211,12 +213,12 @@ def flame(found: Profile) -> str:
     """SVG of four rows, each as wide as it takes: the run, its layers, their types of operators, the operators."""
     hues = _hues(found)
     scale = WIDTH / max(found.ms, sum(node.ms for node in found.nodes))
-    parts = [_box(0, 0, WIDTH, f"one run, {found.ms:.3f} ms", f"one run: {found.ms:.3f} ms", None)]
+    parts = [_box(0, 0, WIDTH, f"one run, {found.ms:.3f} ms", tip=f"one run: {found.ms:.3f} ms", hue=None)]
     x = 0.0
 
     def put(row: int, at: float, ms: float, label: str, hue: int | None) -> None:
         tip = f"{label}: {ms:.3f} ms, {found.share(ms):.1%} of the run"
-        parts.append(_box(row, at, ms * scale, label, tip, hue))
+        parts.append(_box(row, at, ms * scale, label, tip=tip, hue=hue))
 
     by_layer = found._groups(lambda node: node.layer)
     for layer in (one["layer"] for one in found.layers()):
@@ -250,7 +252,7 @@ def _largest(found: Profile) -> list[str]:
     return [f"{one['op']} {one['share']:.0%}" for one in found.types()[:5]]
 
 
-def _box(row: int, x: float, width: float, label: str, tip: str, hue: int | None) -> str:
+def _box(row: int, x: float, width: float, label: str, *, tip: str, hue: int | None) -> str:
     """A box with as much of its label as it has room for: the end of a path, or the beginning of a word."""
     y, room = row * ROW, int((width - 8) / 7.2)
     cut = f"…{label[1 - room :]}" if "." in label else f"{label[: room - 1]}…"

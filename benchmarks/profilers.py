@@ -30,11 +30,11 @@ MLAS_INTEGER = (
 def repeated(run: Callable[[], Any], runs: int) -> tuple[int, int]:
     """Run ``runs`` times, but no longer than LONGEST_NS; how many it was, and their nanoseconds."""
     begin = time.perf_counter_ns()
-    for done in range(1, runs + 1):
+    done = spent = 0
+    while done < runs and spent < LONGEST_NS:
         run()
+        done += 1
         spent = time.perf_counter_ns() - begin
-        if spent > LONGEST_NS:
-            break
     return done, spent
 
 
@@ -138,7 +138,7 @@ def executorch(opener: Callable[..., Any], feeds: dict[str, Any], runs: int) -> 
         from executorch.devtools import Inspector
 
         blocks = Inspector(etdump_path=f"{folder}/trace").event_blocks
-    nodes = []
+    nodes: list[dict[str, Any]] = []
     for event in (event for block in blocks if block.name == "Execute" for event in block.events):
         op, kernel = executorch_kernel(event.name, event.is_delegated_op)
         if op:
@@ -150,8 +150,8 @@ def executorch(opener: Callable[..., Any], feeds: dict[str, Any], runs: int) -> 
 
 
 def executorch_kernel(name: str, delegated: bool) -> tuple[str, str]:
-    """The type and the kernel of an event such as "Fully Connected (NC, F32) GEMM #1" or "native_call_gelu.out"; nothing
-    for those that hold others."""
+    """The type and the kernel of an event such as "Fully Connected (NC, F32) GEMM #1" or "native_call_gelu.out"; of
+    those that hold others nothing."""
     if delegated:
         op, _, kind = name.partition(" (")
         return op, f"XNNPACK {kind.rpartition(' #')[0].replace(')', '', 1) or 'operator'}"

@@ -3,7 +3,7 @@
 It knows no model, data or metric: it opens a runtime's files, feeds them the arrays of an ``.npz``, and prints one JSON
 document with raw nanoseconds. ``mode`` is "latency" (all artifacts in this one process, interleaved round by round, so
 that the machine's drift hits all alike), "memory" (one artifact in a process of its own), "answers" (what it says),
-"energy" (joules, after the timing) or "profile" (time by operator, of one artifact, in a process that times nothing else).
+"energy" (joules, after the timing) or "profile" (the time of one artifact's operators, where nothing else is timed).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ PAGE = "profile.html"
 
 
 def doubts(taken: Sequence[Measurement]) -> list[str]:
-    """Why the figures of one interleaved run are not to be relied on: of the machine, and of each artifact's samples."""
+    """Why the figures of one interleaved run may be doubted: signs in the machine, and in each artifact's samples."""
     from ..benchmarks import environment
 
     found = environment.warnings(taken[0].environment)

@@ -64,7 +64,9 @@ def bench(
             "rows": [row for rows in tables for row in rows],
             "environment": next(iter(environments.values())),
             "environments": environments,
-            "warnings": [{"target": taken[0].target, "says": said} for taken in measured for said in findings.doubts(taken)],
+            "warnings": [
+                {"target": taken[0].target, "says": said} for taken in measured for said in findings.doubts(taken)
+            ],
             "refused": unfit,
         }
         print_json(document)

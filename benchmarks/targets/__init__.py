@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -49,7 +49,7 @@ class Target:
     device: str
     threads: int
     address: Address | None = None
-    imitation: Imitation = Imitation()
+    imitation: Imitation = field(default_factory=Imitation)
 
     def __str__(self) -> str:
         runtime = "" if self.runtime == "onnx" else f":{self.runtime}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from edgepress.benchmarks import compare, imitate, imitation, load, targets
 from edgepress.benchmarks.imitation import DoesNotFitError, Imitation
 from edgepress.errors import UsageError
-from edgepress.export.artifact import Artifact
+from edgepress.export.artifact import Artifact, open_artifact, seal
 
 CPU = min(os.sched_getaffinity(0))
 QUICK: dict[str, Any] = {"sequence": 16, "min_queries": 40}
@@ -100,7 +103,10 @@ def test_another_failure_is_the_command_s_own() -> None:
 def test_a_cpu_that_there_is_not_is_refused() -> None:
     found = json.loads(run({"cpus": [CPU, 4000]}, "true").stdout)
     assert "CPU 4000 is not one of" in found["refused"]
-    with targets.connect(targets.parse("cpu:1")) as (host, _), pytest.raises(UsageError, match="CPU 4000 is not one of"):
+    with (
+        targets.connect(targets.parse("cpu:1")) as (host, _),
+        pytest.raises(UsageError, match="CPU 4000 is not one of"),
+    ):
         Imitation((4000,)).run(host, str(imitation.SOURCE.parent), ["true"], None)
 
 
@@ -119,7 +125,9 @@ def test_a_control_group_holds_memory_where_one_may_be_made(tmp_path: Path) -> N
         f"(group,) = __import__('glob').glob('{ours}/edgepress-*'); "
         "print(json.dumps({n: open(group + '/' + n).read() for n in os.listdir(group)}))"
     )
-    done = json.loads(run({"memory": 10**8, "root": str(tmp_path)}, *python(f"__import__('time').sleep(.5); {source}")).stdout)
+    done = json.loads(
+        run({"memory": 10**8, "root": str(tmp_path)}, *python(f"__import__('time').sleep(.5); {source}")).stdout
+    )
     assert done["by"] == "cgroup"
     assert (done["done"]["memory.max"], done["done"]["memory.swap.max"]) == (str(10**8), "0")
     assert int(done["done"]["cgroup.procs"]) > 0
@@ -157,11 +165,11 @@ def test_an_imitation_is_measured_and_is_another_machine(artifacts: list[Artifac
 def test_what_does_not_fit_is_told_and_the_rest_measured(
     here: Callable[..., Any], artifacts: list[Artifact], large: Artifact
 ) -> None:
-    target = f"cpu:1?memory=160MB&cpus={CPU}"
+    target = f"cpu:1?memory=1GB&cpus={CPU}"
     with pytest.raises(DoesNotFitError) as told:
         load.benchmark([large, artifacts[1]], target=target, **QUICK)
     assert told.value.fitting == (artifacts[1],)
-    sentence = f"{large.folder} does not fit in 160 MB on the imitated device: it asked for more than "
+    sentence = f"{large.folder} does not fit in 1 GB on the imitated device: it asked for more than "
     assert str(told.value).startswith(sentence)
     assert str(told.value).count("does not fit") == 1
     words = ("--target", target, "--seq", "16", "--queries", "40")
@@ -173,36 +181,35 @@ def test_what_does_not_fit_is_told_and_the_rest_measured(
     assert document["refused"] == [str(told.value)]
     shown = here("bench", artifacts[1].folder, *words)
     assert shown.returncode == 0
-    assert f"an imitation of a smaller device: CPU {CPU} alone, 160 MB of memory" in shown.stdout
+    assert f"an imitation of a smaller device: CPU {CPU} alone, 1 GB of memory" in shown.stdout
     alone = here("bench", large.folder, *words, "--json")
     assert (alone.returncode, alone.stdout) == (2, "")
 
 
 @pytest.fixture(scope="module")
-def large(workload: Any, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The tiny BERT with 160 MB of weights more, which change nothing."""
-    import edgepress as ep
-    import numpy as np
-    import onnx
-    from edgepress.export.artifact import open_artifact, seal
-
-    written = ep.export(workload, tmp_path_factory.mktemp("large") / "fp32")
-    model = onnx.load(written.model_file)
-    ballast = onnx.numpy_helper.from_array(np.ones((40_000_000,), np.float32), "ballast")
-    model.graph.initializer.append(ballast)
-    model.graph.node.append(onnx.helper.make_node("ReduceMin", ["ballast"], ["least"], keepdims=0))
+def large(artifacts: list[Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny BERT with one more output, which takes 1.2 GB to compute."""
+    folder = tmp_path_factory.mktemp("large") / "fp32"
+    shutil.copytree(artifacts[0].folder, folder)
+    model = onnx.load(folder / "model.onnx")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([300_000_000]), "many"))
+    model.graph.node.append(onnx.helper.make_node("ConstantOfShape", ["many"], ["zeros"]))
+    model.graph.node.append(onnx.helper.make_node("ReduceMin", ["zeros"], ["least"], keepdims=0))
     model.graph.output.append(onnx.helper.make_tensor_value_info("least", onnx.TensorProto.FLOAT, []))
-    onnx.save(model, written.model_file)
-    seal(written.folder, written.manifest, {})
-    return open_artifact(written.folder)
+    onnx.save(model, folder / "model.onnx")
+    seal(folder, artifacts[0].manifest, {})
+    return open_artifact(folder)
 
 
 def test_a_device_imitates_a_smaller_one(there: Any, artifacts: list[Artifact]) -> None:
-    (taken,) = load.benchmark(artifacts[:1], target=f"{there.target()}&memory=2GB&cpus={CPU}", profile=True, **QUICK)
+    imitated = targets.parse(there.target())
+    target = str(replace(imitated, imitation=Imitation((CPU,), 2 * 10**9)))
+    with targets.connect(imitated):
+        (taken,) = load.benchmark(artifacts[:1], target=target, profile=True, **QUICK)
+        with pytest.raises(DoesNotFitError, match=r"does not fit in 60 MB on the imitated device"):
+            load.benchmark(artifacts[:1], target=f"{there.target()}&memory=60MB", **QUICK)
     assert taken.environment["imitation"]["cpus"] == [CPU]
     assert taken.environment["watch"]["seconds"] > 0
     assert taken.profile
     assert taken.profile["nodes"]
-    with pytest.raises(DoesNotFitError, match=r"does not fit in 20 MB on the imitated device"):
-        load.benchmark(artifacts[:1], target=f"{there.target()}&memory=20MB", **QUICK)
     assert there.left == []

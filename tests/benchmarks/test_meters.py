@@ -22,7 +22,7 @@ def tree(root: Path, files: Mapping[str, Any]) -> Path:
 
 
 def rapl(root: Path) -> Path:
-    """A machine of two packages: one with a zone for its cores, a platform zone, and the same package by another way."""
+    """Two packages, one with zones inside it; a zone of the platform; and the first package by another way."""
     zone = "sys/class/powercap/intel-rapl"
     zones = {"0": "package-0", "0:0": "core", "0:1": "dram", "1": "package-1", "2": "psys"}
     files: dict[str, Any] = {"sys/class/powercap/intel-rapl/enabled": 1}
@@ -61,7 +61,11 @@ def test_a_counter_that_may_not_be_read_is_said(tmp_path: Path) -> None:
 
 def jetson(root: Path, **rails: tuple[int, int]) -> Path:
     chip = "sys/class/hwmon/hwmon1"
-    files: dict[str, Any] = {"sys/class/hwmon/hwmon0/name": "thermal", f"{chip}/name": "ina3221", f"{chip}/in7_label": "sum"}
+    files: dict[str, Any] = {
+        "sys/class/hwmon/hwmon0/name": "thermal",
+        f"{chip}/name": "ina3221",
+        f"{chip}/in7_label": "sum",
+    }
     for channel, (label, (millivolts, milliamperes)) in enumerate(rails.items(), 1):
         files |= {f"{chip}/in{channel}_label": label, f"{chip}/in{channel}_input": millivolts}
         files[f"{chip}/curr{channel}_input"] = milliamperes
@@ -72,7 +76,11 @@ def jetson(root: Path, **rails: tuple[int, int]) -> Path:
     ("rails", "name", "watts"),
     [
         ({"VDD_IN": (5000, 1000), "VDD_CPU_GPU_CV": (5000, 400)}, "rails VDD_IN", 5.0),
-        ({"VDD_GPU_SOC": (20000, 100), "VDD_CPU_CV": (20000, 50), "NC": (0, 0)}, "rails VDD_GPU_SOC and VDD_CPU_CV", 3.0),
+        (
+            {"VDD_GPU_SOC": (20000, 100), "VDD_CPU_CV": (20000, 50), "NC": (0, 0)},
+            "rails VDD_GPU_SOC and VDD_CPU_CV",
+            3.0,
+        ),
     ],
 )
 def test_rails_are_sampled(tmp_path: Path, rails: Any, name: str, watts: float) -> None:
@@ -202,7 +210,10 @@ def test_a_clock_that_moves_and_memory_that_is_short_are_told(tmp_path: Path, mo
 @pytest.mark.parametrize(
     "cooling",
     [
-        {"sys/class/thermal/cooling_device0/type": "thermal-cpufreq-0", "sys/class/thermal/cooling_device0/cur_state": 3},
+        {
+            "sys/class/thermal/cooling_device0/type": "thermal-cpufreq-0",
+            "sys/class/thermal/cooling_device0/cur_state": 3,
+        },
         {"sys/devices/platform/soc/soc:firmware/get_throttled": "50005"},
     ],
 )
