@@ -172,17 +172,18 @@ def _check_profilers(artifacts: Sequence[Artifact]) -> None:
 def _all_fitting(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]]) -> list[Any]:
     """What each of ``uses`` gives, in a process that has the imitated device's memory for one artifact alone; once all
     have been tried, DoesNotFitError for those that needed more."""
-    found, said = {}, []
+    found, fit, said = [], [], []
     for artifact, use in zip(artifacts, uses, strict=True):
         try:
-            found[artifact.folder] = use()
+            found.append(use())
+            fit.append(artifact)
         except DoesNotFitError as error:
             said.append(f"{artifact.folder} does not fit {error}")
     if said:
         unfit = DoesNotFitError(f"{'; '.join(said)}.")
-        unfit.fitting = tuple(artifact for artifact in artifacts if artifact.folder in found)
+        unfit.fitting = tuple(fit)
         raise unfit
-    return list(found.values())
+    return found
 
 
 def _has_axis(artifact: Artifact, name: str) -> bool:
@@ -255,5 +256,7 @@ def _relay(progress: Progress | None) -> Callable[[str], None]:
         word, *numbers = text.split() or [""]
         if progress and word == "progress" and len(numbers) == 2:
             progress(int(numbers[0]), int(numbers[1]), "rounds")
+        elif progress and word == "waiting":
+            progress(0, 0, "waiting for another measurement to end there")
 
     return line

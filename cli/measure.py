@@ -40,7 +40,6 @@ def bench(
 ) -> None:
     """Measure artifacts against each other; the first is the one the others are compared with."""
     from ..benchmarks import compare as comparing
-    from ..benchmarks import targets
     from ..benchmarks.imitation import DoesNotFitError
     from ..export.artifact import open_artifact
     from . import findings
@@ -74,8 +73,6 @@ def bench(
         tokens = f" x sequence {first['sequence']}" if first["sequence"] else ""
         tokens += f" after {first['past']}" if first["past"] else ""
         print(f"{first['target']}, batch {first['batch']}{tokens}")
-        if imitated := targets.parse(first["target"]).imitation:
-            print(imitated.told)
         table(first, others, None)
         findings.show(taken, [first, *others])
     if out and measured:

@@ -24,11 +24,11 @@ def refused(done: Any, message: str) -> None:
     assert done.stdout == ""
 
 
-def test_the_verbs_one_after_the_other(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
+def test_the_verbs_one_after_the_other(here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
     data = ("--data", reviews_csv, *COLUMNS, "--json")
 
     def run(*args: Any) -> Any:
-        done = edgepress(*args)
+        done = here(*args)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -56,7 +56,7 @@ def test_the_verbs_one_after_the_other(edgepress: Any, model_folder: Path, revie
     assert all(row["source"] and row["what"] for row in run("methods", "--json")["methods"])
 
 
-def test_pruning_to_a_speed(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
+def test_pruning_to_a_speed(here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
     """Out of reach: the fastest model there is is written, and exit code 3 says so."""
     args = (
         "--data",
@@ -71,7 +71,7 @@ def test_pruning_to_a_speed(edgepress: Any, model_folder: Path, reviews_csv: Pat
         "--speedup",
         "900x",
     )
-    done = edgepress("prune", model_folder, *args, "--recover", "none", "--json", "-o", tmp_path / "out")
+    done = here("prune", model_folder, *args, "--recover", "none", "--json", "-o", tmp_path / "out")
     assert done.returncode == 3, done.stderr
     assert "cannot be pruned to 900x; the fastest found has" in done.stderr
     found = json.loads(done.stdout)
@@ -82,12 +82,12 @@ def test_pruning_to_a_speed(edgepress: Any, model_folder: Path, reviews_csv: Pat
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_scores_as_tables(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
+def test_scores_as_tables(here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
     import pandas as pd
 
     data = ("--data", reviews_csv, *COLUMNS, "--rows", "8", "--json")
     for ending, read in (("csv", pd.read_csv), ("parquet", pd.read_parquet)):
-        done = edgepress("score", model_folder, *data, "--method", "all", "-o", tmp_path / f"scores.{ending}")
+        done = here("score", model_folder, *data, "--method", "all", "-o", tmp_path / f"scores.{ending}")
         assert done.returncode == 0, done.stderr
         units = json.loads(done.stdout)["units"]
         methods = list(units[0]["scores"])
@@ -103,25 +103,28 @@ def test_scores_as_tables(edgepress: Any, model_folder: Path, reviews_csv: Path,
         assert list(frame.itertuples(index=False, name=None)) == expected
 
 
-def test_scores_and_their_trials(edgepress: Any, model_folder: Path, reviews_csv: Path) -> None:
+def test_scores_and_their_trials(
+    here: Any, model_folder: Path, reviews_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ("--method", "head-gate,ablation", "--rows", "8", "--validate", "4", "--trial-rows", "8")
     args = ("score", model_folder, "--data", reviews_csv, *COLUMNS, *options)
-    document = json.loads(edgepress(*args, "--json").stdout)
+    document = json.loads(here(*args, "--json").stdout)
     assert (document["rows"], document["trial_rows"]) == (8, 8)
     assert list(document["units"][0]["scores"]) == list(document["validation"]) == ["head_gate", "ablation"]
     for kinds in document["validation"].values():
         assert set(kinds) == {"head", "ffn", "block", "hidden"}
         assert {"n", "spearman", "low", "high", "kendall", "regret", "ceiling", "sets", "curve"} <= set(kinds["head"])
         assert kinds["head"]["n"] == 4
-    narrow, wide = (edgepress(*args, env={**os.environ, "COLUMNS": str(columns)}) for columns in (80, 120))
-    for done, columns in ((narrow, 80), (wide, 120)):
+    for columns in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        done = here(*args)
         assert done.returncode == 0, done.stderr
         assert max(map(len, done.stdout.splitlines())) <= columns
         for kind in ("head", "ffn", "block", "hidden"):
             assert f"\n{kind}: rank correlation of methods" in done.stdout
             assert f"\n{kind}: {4 if kind != 'block' else 3} units in trials" in done.stdout
     area = document["validation"]["ablation"]["head"]["curve"]["area"]
-    assert f" {area:.3g}" in wide.stdout
+    assert f" {area:.3g}" in done.stdout
 
 
 def test_a_recipe_writes_methods_with_hyphens_too() -> None:
@@ -131,19 +134,19 @@ def test_a_recipe_writes_methods_with_hyphens_too() -> None:
     assert found.score.method == "masked_taylor"
 
 
-def test_compare_and_report_of_a_run(edgepress: Any, finished_run: Path) -> None:
-    done = edgepress("compare", finished_run)
+def test_compare_and_report_of_a_run(here: Any, finished_run: Path) -> None:
+    done = here("compare", finished_run)
     assert done.returncode == 0
     assert "original fp32" in done.stdout
     (finished_run / "report.html").unlink()
-    assert edgepress("report", finished_run).returncode == 0
+    assert here("report", finished_run).returncode == 0
     assert (finished_run / "report.html").is_file()
 
 
 @pytest.mark.parametrize("verb", ["inspect", "score", "prune", "targets", "methods"])
-def test_tables_for_people(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, verb: str) -> None:
+def test_tables_for_people(here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, verb: str) -> None:
     model = () if verb in {"targets", "methods"} else (model_folder, "--data", reviews_csv, *COLUMNS)
-    done = edgepress(verb, *model, cwd=tmp_path)
+    done = here(verb, *model, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 2
 

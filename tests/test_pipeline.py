@@ -105,14 +105,14 @@ def test_killed_and_resumed(
 
 
 def test_a_constraint_that_cannot_be_met(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
+    here: Any, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
 ) -> None:
     """Without levels or a scheme of the recipe's own, half of the speed wanted is tried first, and both schemes."""
     recipe = tmp_path / "recipe.yaml"
     lines = small_recipe.read_text().splitlines()
     recipe.write_text("\n".join(line for line in lines if not line.startswith(("levels", "quantize"))))
     args = ("--data", reviews_csv, "--columns", "text=review,label=stars", "--recipe", recipe)
-    done = edgepress("compress", model_folder, *args, "--speedup", "1000x", "-o", tmp_path / "run")
+    done = here("compress", model_folder, *args, "--speedup", "1000x", "-o", tmp_path / "run")
     assert done.returncode == 3
     assert "at least 1000x was asked" in done.stderr
     assert "Traceback" not in done.stderr
@@ -124,7 +124,7 @@ def test_a_constraint_that_cannot_be_met(
 
 @pytest.mark.parametrize("level", ["ffn: 0.5", pytest.param("speedup: 1.1", marks=SLOW)])
 def test_openvino_is_a_target(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, finished_run: Path, tmp_path: Path, level: str
+    here: Any, model_folder: Path, reviews_csv: Path, finished_run: Path, tmp_path: Path, level: str
 ) -> None:
     """Its table of latencies, the fit to a speed and every artifact are OpenVINO's own."""
     recipe = tmp_path / "recipe.yaml"
@@ -133,7 +133,7 @@ def test_openvino_is_a_target(
         f"levels: [{{{level}}}]\nrecover: {{steps: 0}}\nmeasure: {{sequence: 64, min_queries: 100, min_seconds: 1}}\n"
     )
     args = ("--data", reviews_csv, "--columns", "text=review,label=stars", "--recipe", recipe)
-    done = edgepress("compress", model_folder, *args, "-o", tmp_path / "run")
+    done = here("compress", model_folder, *args, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert all(f"{scheme} only: " in done.stderr for scheme in SCHEMES["openvino"])
     assert ("x measured" in done.stderr) == level.startswith("speedup")
@@ -153,25 +153,23 @@ def test_openvino_is_a_target(
     ],
 )
 def test_what_openvino_cannot_do_is_said_before_anything_is_loaded(
-    edgepress: Any, args: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Any, args: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("quantize: {scheme: int8-dynamic}\n")
-    done = edgepress(args[0], "there/is/no/model", *args[1:], "--target", "cpu:openvino")
+    done = here(args[0], "there/is/no/model", *args[1:], "--target", "cpu:openvino")
     assert done.returncode == 2
     assert why in done.stderr
 
 
-def test_the_gate_refuses_what_costs_too_much(
-    edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
-) -> None:
+def test_the_gate_refuses_what_costs_too_much(here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "harsh.yaml"
     recipe.write_text(
         "max_length: 64\nlevels: [{head: 0.75, ffn: 0.9, block: 0.67}]\nrecover: {reconstruct: false, steps: 0}\n"
         "measure: {sequence: 64, min_queries: 100, min_seconds: 1}\n"
     )
     args = ("--data", reviews_csv, "--columns", "text=review,label=stars", "--recipe", recipe, "--json")
-    done = edgepress("compress", model_folder, *args, "-o", tmp_path / "run")
+    done = here("compress", model_folder, *args, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     refused = json.loads(done.stdout)["refused"]
     assert [entry["stage"] for entry in refused][-1] == "export-1"

@@ -10,10 +10,10 @@ import pytest
 from edgepress.models.inspect import inspect
 
 
-def test_factored_and_thinned(edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
+def test_factored_and_thinned(here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path) -> None:
     rows = ("--data", reviews_csv, "--columns", "text=review,label=stars")
     asked = ("--low-rank", "0.6", "--sparsity", "2:4", "--json")
-    done = edgepress("prune", model_folder, *rows, *asked, "-o", tmp_path / "out")
+    done = here("prune", model_folder, *rows, *asked, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["plan"] == {}
@@ -22,13 +22,13 @@ def test_factored_and_thinned(edgepress: Any, model_folder: Path, reviews_csv: P
     assert all(
         share == pytest.approx(0.5, abs=0.01) or name.endswith("up") for name, share in document["zeros"].items()
     )
-    again = edgepress("export", tmp_path / "out", *rows, "-o", tmp_path / "fp32", "--json")
+    again = here("export", tmp_path / "out", *rows, "-o", tmp_path / "fp32", "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["quality"]["value"] == pytest.approx(document["quality"]["value"], abs=0.5)
 
 
-def test_merged(edgepress: Any, tmp_path: Path) -> None:
-    done = edgepress("prune", "zoo:vit-fashion", "--merge-tokens", "1", "-o", tmp_path / "out")
+def test_merged(here: Any, tmp_path: Path) -> None:
+    done = here("prune", "zoo:vit-fashion", "--merge-tokens", "1", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "1 tokens a block" in done.stdout
     meta = json.loads((tmp_path / "out" / "edgepress.json").read_text())

@@ -39,7 +39,7 @@ def commands() -> list[str]:
 
 @pytest.mark.timeout(1800)  # every command of the README, one after the other
 @pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_commands_of_the_readme_run(edgepress: Any, small_recipe: Path, folder: Path, short: bool) -> None:
+def test_the_commands_of_the_readme_run(here: Any, small_recipe: Path, folder: Path, short: bool) -> None:
     """In order, in a folder that has the reader's model and rows.
 
     Only what takes minutes is made ``short``: the reader's model stands for the zoo's, and ``compress`` is given a
@@ -59,7 +59,7 @@ def test_the_commands_of_the_readme_run(edgepress: Any, small_recipe: Path, fold
             words += ["--data", "reviews.csv", "--columns", "text=review,label=stars"]
         if short and words[0] == "compress" and "--resume" not in words:
             words += ["--recipe", str(small_recipe)]
-        done = edgepress(*words, cwd=folder, timeout=500 if short else 3000)
+        done = here(*words, cwd=folder)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 

@@ -140,8 +140,8 @@ def test_hostile_names_stay_text(open_page: Any, document: Any, tmp_path: Path) 
     page.close()
 
 
-def test_without_rows(open_page: Any, edgepress: Any, model_folder: Path, tmp_path: Path) -> None:
-    done = edgepress("inspect", model_folder, "-o", tmp_path)
+def test_without_rows(open_page: Any, here: Any, model_folder: Path, tmp_path: Path) -> None:
+    done = here("inspect", model_folder, "-o", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "need rows: give --data" in done.stdout
     assert json.loads((tmp_path / "inspect.json").read_text())["statistics"] is None

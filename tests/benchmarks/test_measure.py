@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,26 @@ def test_every_run_follows_every_other() -> None:
     assert (np.sort(rounds, axis=1) == np.arange(3)).all()
     pairs = {(a, b): int(((rounds[:, :-1] == a) & (rounds[:, 1:] == b)).sum()) for a in range(3) for b in range(3)}
     assert all(40 < count < 95 for (a, b), count in pairs.items() if a != b)  # 67 of each, but for chance
+
+
+def test_measurements_of_one_machine_take_turns(workload: Any, tmp_path: Path) -> None:
+    written = ep.export(workload, tmp_path / "fp32")
+    said: list[str] = []
+
+    def measure() -> None:
+        load.benchmark(
+            [written], target="cpu:1", sequence=16, min_queries=30, progress=lambda *step: said.append(step[2])
+        )
+
+    other = threading.Thread(target=measure)
+    with runner.alone():
+        other.start()
+        while not any(note.startswith("waiting for another") for note in said):
+            time.sleep(0.05)
+            assert other.is_alive()
+        assert "rounds" not in said
+    other.join(timeout=120)
+    assert not other.is_alive()
 
 
 def test_a_runtime_that_cannot_be_measured_is_one_sentence(workload: Any, tmp_path: Path) -> None:

@@ -380,6 +380,21 @@ def test_a_latency_table_is_measured_on_the_device(
     assert there.left == []
 
 
+@pytest.mark.slow
+def test_a_model_is_compressed_for_a_device(
+    there: Any, here: Any, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
+) -> None:
+    """Every latency of the run is the device's, and nothing of it stays there."""
+    rows = ("--data", reviews_csv, "--columns", "text=review,label=stars")
+    target = ("--target", there.target(), "--recipe", small_recipe)
+    done = here("compress", model_folder, *rows, *target, "-o", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert len(document["results"]) >= 2
+    assert {row["target"] for row in (document["original"], *document["results"])} == {there.target()}
+    assert there.left == []
+
+
 # ---- words
 
 

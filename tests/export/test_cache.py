@@ -261,11 +261,11 @@ def test_from_the_command_line(
     tmp_path: Path,
 ) -> None:
     """Also with the quality of the rows, which follow no past."""
-    done = edgepress("export", "zoo:llama-stdlib", "--cache", 32, "--scheme", "int4", "-o", tmp_path / "step")
+    done = here("export", "zoo:llama-stdlib", "--cache", 32, "--scheme", "int4", "-o", tmp_path / "step")
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
     for shape in (("--seq", "16"), ("--seq", "1", "--past", "31")):
-        done = edgepress("bench", tmp_path / "step", *shape, "--queries", 40, "--seconds", 1)
+        done = here("bench", tmp_path / "step", *shape, "--queries", 40, "--seconds", 1)
         assert done.returncode == 0, done.stderr
     assert "x sequence 1 after 31" in done.stdout
     beyond = here("bench", tmp_path / "step", "--seq", "2", "--past", "31")

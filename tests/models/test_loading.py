@@ -37,18 +37,18 @@ def decoder_folder(small_model: Any, tmp_path: Path) -> Path:
     return tmp_path / "decoder"
 
 
-def test_a_folder_without_rows(decoder_folder: Path, edgepress: Any, tmp_path: Path) -> None:
+def test_a_folder_without_rows(decoder_folder: Path, here: Any, tmp_path: Path) -> None:
     """A model can be looked at, pruned by its weights and saved with no data at all."""
-    seen = edgepress("inspect", decoder_folder, "--json")
+    seen = here("inspect", decoder_folder, "--json")
     assert seen.returncode == 0, seen.stderr
     assert [block["kv_heads"] for block in json.loads(seen.stdout)["blocks"]] == [3, 3]
     options = ("--method", "magnitude", "--recover", "none", "--ratio", "kv=0.34,ffn=0.5")
-    done = edgepress("prune", decoder_folder, *options, "--uniform", "-o", tmp_path / "plain", "--json")
+    done = here("prune", decoder_folder, *options, "--uniform", "-o", tmp_path / "plain", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["quality"] is None
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert (plain.config.num_key_value_heads, plain.config.num_attention_heads) == (2, 4)
-    refused = edgepress("score", decoder_folder, "--method", "fisher")
+    refused = here("score", decoder_folder, "--method", "fisher")
     assert refused.returncode == 2
     assert "needs rows" in refused.stderr
 
