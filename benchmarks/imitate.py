@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -21,13 +20,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-WANT = re.compile(
-    "bad.?alloc|MemoryError|out of memory|cannot allocate memory|failed to allocate|memory allocation|failed to map",
-    re.ASCII | re.IGNORECASE,
-)
-SIGNALS = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
-"""How a program may end that asks for memory and does not look whether it got any."""
 
 
 def main(limits: str, *command: str) -> int:
@@ -48,12 +40,28 @@ def main(limits: str, *command: str) -> int:
 
 
 def run(command: tuple[str, ...], memory: int, group: Path | None) -> int:
+    code, printed, last = once(command, memory, group)
+    by = ("cgroup" if group else "RLIMIT_DATA") if memory else None
+    if code == 0:
+        return tell(done=json.loads(printed), by=by)
+    if group and killed(group):
+        return tell(unfit="was ended by the kernel", by=by)
+    # A program that gets no more memory may end in any way and say anything: whether that was it shows without a limit.
+    if memory and not group and once(command, 0, None)[0] == 0:
+        return tell(unfit=f"ended with '{last[-80:]}'", by=by)
+    return code
+
+
+def once(command: tuple[str, ...], memory: int, group: Path | None) -> tuple[int, bytes, str]:
+    """The exit code, as a shell gives it, what was printed, and the last line on stderr, all of which is passed on."""
+
     def begin() -> None:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it ends with us, however we end
         if memory and not group:
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
+    last = ""
     with tempfile.TemporaryFile() as out:
         child = subprocess.Popen(  # noqa: S603 - our own words
             command,
@@ -64,26 +72,16 @@ def run(command: tuple[str, ...], memory: int, group: Path | None) -> int:
         assert child.stderr is not None
         if group:  # what it took before this, starting Python, is little and is not counted
             (group / "cgroup.procs").write_text(str(child.pid), encoding="ascii")
-        last = ""
         for raw in child.stderr:
             line = raw.decode(errors="replace").rstrip()
             last = line or last
             print(line, file=sys.stderr, flush=True)
         code = child.wait()
+        if code < 0:
+            last = signal.Signals(-code).name
+            print(f"it was ended by {last}", file=sys.stderr, flush=True)
         out.seek(0)
-        printed = out.read()
-    if code == 0:
-        by = ("cgroup" if group else "RLIMIT_DATA") if memory else None
-        return tell(done=json.loads(printed), by=by)
-    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else ""
-    wanting = WANT.search(last)
-    if group and killed(group):
-        return tell(unfit="the kernel ended it", by="cgroup")
-    if memory and not group and (wanting or -code in SIGNALS):
-        return tell(unfit=f"it said '{wanting[0]}'" if wanting else f"it was {ended}", by="RLIMIT_DATA")
-    if ended:
-        print(f"it was {ended}", file=sys.stderr)
-    return code if code > 0 else 128 - code
+        return (code if code >= 0 else 128 - code), out.read(), last
 
 
 def new_group(root: Path, memory: int) -> Path | None:

@@ -80,8 +80,7 @@ class Imitation:
             raise UsageError(f"The target cannot be imitated: {told['refused']}.")
         if "unfit" in told:
             raise DoesNotFitError(
-                f"in {shown(self.memory)} on the imitated device: it asked for more than {told['by']} allows, and "
-                f"{told['unfit']}"
+                f"in {shown(self.memory)} on the imitated device: held by {told['by']} it {told['unfit']}"
             )
         return told["done"], told["by"]
 
