@@ -589,6 +589,7 @@ class _Run:
                 sequence=self.recipe.measure.sequence,
                 min_queries=self.recipe.measure.min_queries,
                 min_seconds=self.recipe.measure.min_seconds,
+                energy=True,
                 progress=progress,
             )
             lines = [json.dumps(replace(m, quality=v.quality).to_json()) for m, v in zip(taken, variants, strict=True)]

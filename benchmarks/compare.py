@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
-from . import runner
+from . import profile, runner
 from .environment import differences
 from .measurement import PERCENTILES, Measurement
 
@@ -96,8 +96,19 @@ def row(item: Measurement, faster: Speedup | None) -> dict[str, Any]:
         "throughput": {"rows_per_s": item.throughput, "interval": item.throughput_interval},
         "speedup": faster.to_json() if faster else None,
         "quality": quality,
+        "energy_mj": item.energy_mj,
+        "energy_note": energy_note(item),
+        "profile": profile.read(item).to_json() if item.profile else None,
     }
     if item.rate is not None:
         deadline = {"deadline_ms": item.deadline_ms, "within": item.within}
         figures["server"] = {"rate": item.rate, "loads": list(item.loads), "sustained": item.sustained, **deadline}
     return figures
+
+
+def energy_note(item: Measurement) -> str:
+    """The meter that ``energy_mj`` was read from, or why there is none."""
+    told = item.environment.get("energy")
+    if told is None:
+        return "not measured"
+    return str(told["meter"]) if item.energy_mj is not None else f"not available: {told['why']}"

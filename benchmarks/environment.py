@@ -12,7 +12,8 @@ from .device import fingerprint, usable_cpus
 
 __all__ = ["DECISIVE", "differences", "fingerprint", "unsteady", "usable_cpus", "warnings"]
 
-DECISIVE = ("cpu", "flags", "cpus", "system", "threads")
+DECISIVE = ("cpu", "flags", "cpus", "system", "threads", "imitation")
+UNSTEADY_GOVERNORS = ("powersave", "ondemand", "conservative", "schedutil")
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -27,10 +28,39 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def warnings(environment: Mapping[str, Any]) -> list[str]:
-    """What makes figures taken here doubtful."""
+    """What makes figures taken here doubtful: a sentence for each, with its figures."""
     found = []
-    if environment.get("governor") == "powersave":
-        found.append("the CPU governor is 'powersave'; 'performance' gives steadier figures")
+    if environment.get("governor") in UNSTEADY_GOVERNORS:
+        found.append(f"the CPU governor is '{environment['governor']}'; 'performance' gives steadier figures")
+    return found + unfit(environment.get("watch") or {})
+
+
+def unfit(watch: Mapping[str, Any]) -> list[str]:
+    """Why a machine was not fit to measure on, from what ``meters.Watch`` saw of it during the run."""
+
+    def seen(name: str) -> Any:
+        return watch.get(name) or 0
+
+    found = []
+    if seen("other_load") > 0.1:
+        found.append(f"other processes took {seen('other_load'):.0%} of the CPUs' time during the run")
+    if seen("steal") > 0.02:
+        found.append(f"the hypervisor kept {seen('steal'):.1%} of the CPUs' time for others during the run (steal)")
+    slowest, fastest = watch.get("clock_mhz") or (1, 1)
+    if fastest > 1.1 * slowest:
+        found.append(f"the CPU's clock moved between {slowest:,} and {fastest:,} MHz during the run")
+    if seen("throttled"):
+        hot = watch.get("temperature_c")
+        found.append(
+            f"the CPU was slowed down by heat or want of power {seen('throttled')} times during the run"
+            + (f", at up to {hot[1]:.0f} degrees Celsius" if hot else "")
+        )
+    if seen("quota_throttled"):
+        found.append(f"the control group's CPU quota ran out {seen('quota_throttled')} times during the run")
+    if seen("swapped_pages") > 256:
+        found.append(f"{seen('swapped_pages'):,} pages of memory went to or from swap during the run")
+    if seen("memory_pressure") > 0.01:
+        found.append(f"processes waited for memory in {seen('memory_pressure'):.1%} of the run's time")
     return found
 
 

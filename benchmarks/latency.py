@@ -184,7 +184,8 @@ def _key(workload: Workload, machine: Mapping[str, Any], where: Target, shape: t
     sites = [(s.kind, s.layer, s.count, s.params, s.macs) for s in workload.structure.sites]
     facts = {
         "version": (FORMAT, __version__),
-        "machine": [machine[name] for name in environment.DECISIVE] + ([str(where)] if where.address else []),
+        "machine": [machine.get(name) for name in environment.DECISIVE]
+        + ([str(where)] if where.address or where.imitation else []),
         "runtime": [where.runtime, machine["packages"].get(runner.RUNTIMES[where.runtime][0])],
         "model": [str(workload.module), workload.skeleton.architecture, sites],
         "inputs": {name: (list(value.shape), str(value.dtype)) for name, value in workload.example.items()},

@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from ..errors import UnavailableError, UsageError
 from ..export import reference
 from ..export.artifact import Artifact, Axis
-from . import runner, targets
+from . import imitation, meters, profilers, runner, targets
+from .imitation import DoesNotFitError
 from .measurement import Measurement
-from .subjects import Original
+from .subjects import Original, shown_as
 from .targets import Target
 
 Feeds = dict[str, NDArray[Any]]
@@ -26,6 +28,11 @@ Progress = Callable[[int, int, str], None]
 
 RUNNER = Path(runner.__file__)
 SCENARIOS = ("single-stream", "offline", "server")
+SHIPPED = (RUNNER, Path(meters.__file__), Path(profilers.__file__), imitation.SOURCE)
+PROFILED_RUNS = 100
+SLICE_SECONDS = 1.0
+"""Of energy: meters count anew every millisecond (RAPL) or tenth of a second (NVML), which is little beside it."""
+ENERGY_TOLD = ("meter", "idle_watts", "why")
 
 
 def benchmark(
@@ -43,9 +50,14 @@ def benchmark(
     deadline_ms: float | None = None,
     confidence_width: float | None = None,
     seed: int = 0,
+    energy: bool = False,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> list[Measurement]:
     """Latency of all ``artifacts``, interleaved in one process, and the memory of each in a process of its own.
+
+    After these come, if asked for, the energy of each where the target has a meter, and the time of its operators, in a
+    process that times nothing else.
 
     It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
     have no ``sequence``: it is 0 in what is returned. After a ``past`` of so many tokens their keys and values are
@@ -53,8 +65,9 @@ def benchmark(
     random, ``rate`` a second, the same for all that have the same ``seed``; see ``runner``. A single-stream run with a
     ``confidence_width``, 0.01 for 1 %, ends as soon as it is as precise (``runner.timed_rounds``). Raises UsageError
     where these do not fit together or the shape lies outside the range that an artifact was proven in, and
-    UnavailableError where its runtime cannot be measured. On a device it raises what ``targets.connect`` does, and
-    ParityError where an artifact that came with references does not answer there as it did where it was proven.
+    UnavailableError where its runtime cannot be measured, or not in operators. DoesNotFitError names those that need
+    more memory than an imitated device has. On a device it raises what ``targets.connect`` does, and ParityError where
+    an artifact that came with references does not answer there as it did where it was proven.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
@@ -63,13 +76,16 @@ def benchmark(
     check(artifacts, where)
     for artifact in artifacts:
         check_shape(artifact, batch, sequence, past)
+    if profile:
+        _check_profilers(artifacts)
     if not _has_axis(artifacts[0], "sequence"):
         sequence = 0
     runtimes = (artifact.manifest.runtime for artifact in artifacts)
     with targets.connect(where, *runtimes) as (host, where), tempfile.TemporaryDirectory() as folder:
         for at, artifact in enumerate(artifacts):  # pruned models have keys and values of other sizes
             np.savez(Path(folder) / f"feeds{at}.npz", **arbitrary(artifact, batch, sequence, past))  # type: ignore[arg-type]
-        shutil.copy(RUNNER, folder)
+        for source in SHIPPED:
+            shutil.copy(source, folder)
         for runtime in {artifact.manifest.runtime for artifact in artifacts}:
             shutil.copy(RUNNER.parent / "runtimes" / f"{runtime}.py", Path(folder) / f"runtime_{runtime}.py")
         place = host.put(Path(folder))
@@ -82,15 +98,20 @@ def benchmark(
             for at, artifact in enumerate(artifacts)
         ]
 
-        def run(**job: Any) -> Any:
-            text = json.dumps({"threads": where.threads, **job})
-            return json.loads(host.run(["python", f"{place}/{RUNNER.name}", text], _relay(progress)))
+        def run(held: imitation.Imitation = where.imitation, **job: Any) -> Any:
+            text = json.dumps({"threads": where.threads, "device": where.device, **job})
+            command, processes = ["python", f"{place}/{RUNNER.name}", text], len(job["artifacts"])
+            told, by = held.run(host, place, command, _relay(progress), processes=processes)
+            held_by.add(by)
+            return told
 
+        held_by: set[str | None] = set()
         if where.address or where.device != "cpu":
             for artifact, job in zip(artifacts, jobs, strict=True):
-                _hold_to_reference(artifact, job, host, where, run)
-        memories = [run(mode="memory", artifacts=[job]) if memory else {} for job in jobs]
-        found = run(
+                _hold_to_reference(artifact, job, host, where, partial(run, imitation.Imitation()))
+        uses = [partial(run, mode="memory", artifacts=[job]) for job in jobs]
+        memories = _all_fitting(artifacts, uses) if memory or where.imitation.memory else [{} for _ in jobs]
+        timed = run(
             mode="latency",
             artifacts=jobs,
             min_queries=min_queries,
@@ -100,13 +121,21 @@ def benchmark(
             confidence_width=confidence_width,
             seed=seed,
         )
-        environment = host.environment(where.threads)
-    environment |= {"clock_overhead_ns": found["clock_ns"], "openings": found["openings"]}
-    services = found.get("service_ns") or [()] * len(jobs)
+        spent = run(mode="energy", artifacts=jobs, seconds=SLICE_SECONDS) if energy else {"millijoules": None}
+        profiles = [run(mode="profile", artifacts=[job], runs=PROFILED_RUNS) if profile else None for job in jobs]
+        found = {
+            "clock_overhead_ns": timed["clock_ns"],
+            "openings": timed["openings"],
+            "watch": timed["watch"],
+            "energy": {name: value for name, value in spent.items() if name in ENERGY_TOLD},
+            "imitation": where.imitation.to_json(by=next(filter(None, held_by), None)),
+        }
+        environment = {**host.environment(where.threads), **{name: value for name, value in found.items() if value}}
+    services = timed.get("service_ns") or [()] * len(jobs)
     return [
         Measurement(
             name=artifact.name,
-            artifact=artifact.word if isinstance(artifact, Original) else str(artifact.folder),
+            artifact=shown_as(artifact),
             target=str(where),
             runtime=_called(artifact, where),
             precision=job["precision"],
@@ -121,16 +150,56 @@ def benchmark(
             samples_ms=tuple(ns / 1e6 for ns in taken),
             environment=environment,
             scenario=scenario,
-            per_slice=found["per_slice"],
+            per_slice=timed["per_slice"],
             rate=rate,
             deadline_ms=deadline_ms,
-            loads=_loads(service, rate) if rate else (),
-            early=found["early"],
+            loads=_loads(services[at], rate) if rate else (),
+            early=timed["early"],
+            energy_mj=spent["millijoules"][at] if spent["millijoules"] else None,
+            profile=profiles[at],
         )
-        for artifact, job, used, taken, service in zip(
-            artifacts, jobs, memories, found["samples_ns"], services, strict=True
+        for at, (artifact, job, used, taken) in enumerate(
+            zip(artifacts, jobs, memories, timed["samples_ns"], strict=True)
         )
     ]
+
+
+def fitting(artifacts: Sequence[Artifact], unfit: list[str] | None, **options: Any) -> list[Measurement]:
+    """As :func:`benchmark`; with a list ``unfit``, those alone that have the memory that they need on an imitated
+    device, while a sentence about the others is added to the list."""
+    try:
+        return benchmark(artifacts, **options)
+    except DoesNotFitError as error:
+        if unfit is None:
+            raise
+        unfit.append(str(error))
+        return benchmark(error.fitting, **options) if error.fitting else []
+
+
+def _check_profilers(artifacts: Sequence[Artifact]) -> None:
+    for artifact in artifacts:
+        if artifact.manifest.runtime not in runner.PROFILERS:
+            raise UnavailableError(
+                f"{artifact.folder} is for {artifact.manifest.runtime}, which does not tell what its operators take "
+                f"(what does: {', '.join(runner.PROFILERS)})."
+            )
+
+
+def _all_fitting(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each of ``uses`` gives, in a process that has the imitated device's memory for one artifact alone; once all
+    have been tried, DoesNotFitError for those that needed more."""
+    found, fit, said = [], [], []
+    for artifact, use in zip(artifacts, uses, strict=True):
+        try:
+            found.append(use())
+            fit.append(artifact)
+        except DoesNotFitError as error:
+            said.append(f"{artifact.folder} does not fit {error}")
+    if said:
+        unfit = DoesNotFitError(f"{'; '.join(said)}.")
+        unfit.fitting = tuple(fit)
+        raise unfit
+    return found
 
 
 def check(artifacts: Sequence[Artifact], where: Target) -> None:

@@ -62,6 +62,10 @@ class Measurement:
     """Of a server, in each quarter of the run: the share of the time between arrivals that the work takes."""
     early: bool = False
     """Whether the run ended as soon as it was precise enough."""
+    energy_mj: float | None = None
+    """Millijoules of one run, of all that the meter in ``environment["energy"]`` measures; None without one."""
+    profile: Mapping[str, Any] | None = None
+    """What ``runner.profile`` told; :func:`.profile.read` makes sense of it."""
 
     @cached_property
     def samples(self) -> Floats:

@@ -2,7 +2,8 @@
 
 It knows no model, data or metric: it opens a runtime's files, feeds them the arrays of an ``.npz``, and prints one JSON
 document with raw nanoseconds. ``mode`` is "latency" (all artifacts in this one process, interleaved round by round, so
-that the machine's drift hits all alike), "memory" (one artifact in a process of its own) or "answers" (what it says).
+that the machine's drift hits all alike), "memory" (one artifact in a process of its own), "answers" (what it says),
+"energy" (joules, after the timing) or "profile" (the time of one artifact's operators, where nothing else is timed).
 
 "latency" knows the ``scenario``s of MLPerf Inference (Reddi et al. 2020, arXiv:1911.02549): "single-stream", one query
 after the other, each timed alone; "offline", all queries are there at once, and the whole is timed; "server", queries
@@ -30,6 +31,12 @@ from typing import Any, TextIO
 
 import numpy as np
 
+if __package__:
+    from . import meters, profilers
+else:  # on a target, where these files lie side by side
+    import meters  # type: ignore[import-not-found,no-redef]
+    import profilers  # type: ignore[import-not-found,no-redef]
+
 WINDOW = 10
 MOST_WINDOWS = 20
 LEAST = 30
@@ -47,13 +54,17 @@ FIRST_LOOK, GROWTH = 100, 1.5
 SPIN = 300_000
 """Nanoseconds before a query arrives in which the clock is watched: sleeping is less punctual."""
 
+SLICES = 3
+"""Of energy, for each artifact."""
+
 clock = time.perf_counter_ns
 
 
 def main(text: str, answer: TextIO) -> None:
     job = json.loads(text)
+    modes = {"latency": latency, "memory": memory, "answers": answers, "energy": energy, "profile": profile}
     with alone():
-        result = {"latency": latency, "memory": memory, "answers": answers}[job["mode"]](job)
+        result = modes[job["mode"]](job)
     json.dump(result, answer)
 
 
@@ -82,11 +93,11 @@ def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) ->
     return opener(artifact, threads, feeds)
 
 
-def _open(runtime: str, artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
-    """By ``runtimes/NAME.py``; sent, it lies beside this file as ``runtime_NAME.py``, for libraries are called NAME."""
-    name = f"{__package__}.runtimes.{runtime}" if __package__ else f"runtime_{runtime}"
-    found: Callable[[], Any] = importlib.import_module(name).open_model(artifact, threads, feeds)
-    return found
+def _of(runtime: str, name: str, *args: Any, **options: Any) -> Any:
+    """What ``name`` of ``runtimes/RUNTIME.py`` gives; sent, that lies beside this file as ``runtime_RUNTIME.py``, for
+    libraries are called RUNTIME."""
+    module = f"{__package__}.runtimes.{runtime}" if __package__ else f"runtime_{runtime}"
+    return getattr(importlib.import_module(module), name)(*args, **options)
 
 
 def read_feeds(artifact: dict[str, Any]) -> dict[str, Any]:
@@ -95,11 +106,11 @@ def read_feeds(artifact: dict[str, Any]) -> dict[str, Any]:
 
 
 RUNTIMES = {
-    "onnx": ("onnxruntime", partial(_open, "onnx")),
-    "openvino": ("openvino", partial(_open, "openvino")),
-    "executorch": ("executorch.runtime", partial(_open, "executorch")),
-    "tensorrt": ("edgepress.export.backends.tensorrt", partial(_open, "tensorrt")),
-    "torch": ("edgepress.models.checkpoint", partial(_open, "torch")),
+    "onnx": ("onnxruntime", partial(_of, "onnx", "open_model")),
+    "openvino": ("openvino", partial(_of, "openvino", "open_model")),
+    "executorch": ("executorch.runtime", partial(_of, "executorch", "open_model")),
+    "tensorrt": ("edgepress.export.backends.tensorrt", partial(_of, "tensorrt", "open_model")),
+    "torch": ("edgepress.models.checkpoint", partial(_of, "torch", "open_model")),
 }
 """By the word of the manifest, the package, which is imported where a job needs it, and what opens a file with it."""
 
@@ -125,7 +136,10 @@ def latency(job: dict[str, Any]) -> dict[str, Any]:
         pace[:] = [warm_up(run) for run in runs]
         return time.monotonic() - begin
 
+    watch = meters.Watch()
+
     def tell(queries: int) -> None:
+        watch.look()  # between two rounds, where nothing is timed
         print("progress", queries, job["min_queries"], file=sys.stderr, flush=True)
 
     cost, overhead = reopen(), clock_overhead()
@@ -143,7 +157,7 @@ def latency(job: dict[str, Any]) -> dict[str, Any]:
         found = server(runs, arrivals, 2 * budget, tell)
     if scenario != "offline":
         found["samples_ns"] = [[max(1, ns - overhead) for ns in taken] for taken in found["samples_ns"]]
-    return {"openings": 1, "early": False, "per_slice": 1, **found, "clock_ns": overhead}
+    return {"openings": 1, "early": False, "per_slice": 1, **found, "clock_ns": overhead, "watch": watch.result()}
 
 
 def interleaved(
@@ -394,6 +408,54 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
     for _ in range(3):
         run()
     return {"load_ns": load_ns, "peak_rss_bytes": peak_rss()}
+
+
+def energy(job: dict[str, Any]) -> dict[str, Any]:
+    """Millijoules of one run of each, all that the meter measures, over slices of ``seconds`` that take turns; None
+    with the reason where there is no meter."""
+    found, why = meters.find(job.get("root", "/"), gpu=job.get("device", "cpu") != "cpu")
+    if not found:
+        return {"millijoules": None, "why": why}
+    chance = np.random.default_rng(0)
+    runs = [open_model(artifact, job["threads"], read_feeds(artifact)) for artifact in job["artifacts"]]
+    for run in runs:
+        warm_up(run)
+    spent, counts = [0.0] * len(runs), [0] * len(runs)
+    with meters.reading(found) as joules:
+        start, begin = joules(), time.monotonic()
+        time.sleep(job["seconds"])
+        idle = (joules() - start) / (time.monotonic() - begin)
+        for _ in range(SLICES):
+            for which in chance.permutation(len(runs)):
+                start, end = joules(), time.monotonic() + job["seconds"]
+                while time.monotonic() < end:
+                    runs[which]()
+                    counts[which] += 1
+                spent[which] += joules() - start
+    each = [1e3 * all_ / count for all_, count in zip(spent, counts)]  # noqa: B905 - Python 3.8
+    return {"millijoules": each, "runs": counts, "meter": ", ".join(one.name for one in found), "idle_watts": idle}
+
+
+def profile(job: dict[str, Any]) -> dict[str, Any]:
+    """The time of each operator over ``runs`` runs, as the runtime itself tells it, and of the whole runs.
+
+    ``nodes`` are in the order in which they ran: ``name``, ``op``, ``kernel``, ``calls`` and ``ns`` of all runs, and
+    under ``of`` the names of what the runtime fused into it, where it tells them.
+    """
+    (artifact,) = job["artifacts"]
+    told, opener = PROFILERS[artifact["runtime"]]
+    arrays = read_feeds(artifact)
+    feeds = {name: arrays[name] for name in artifact["inputs"]}  # in order, where a runtime knows no names
+    result: dict[str, Any] = told(partial(opener, artifact, job["threads"]), feeds, job["runs"])
+    return result
+
+
+PROFILERS: dict[str, tuple[Any, Any]] = {
+    "onnx": (profilers.onnx, partial(_of, "onnx", "session")),
+    "openvino": (profilers.openvino, partial(_of, "openvino", "compiled")),
+    "executorch": (profilers.executorch, partial(_of, "executorch", "program")),
+}
+"""What tells the time of a runtime's operators, by the word of the manifest, and what opens a file for it."""
 
 
 def answers(job: dict[str, Any]) -> dict[str, Any]:

@@ -45,3 +45,8 @@ def is_model(word: str) -> bool:
     if word.startswith("zoo:") or functions.named(word):
         return True
     return (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
+
+
+def shown_as(subject: Artifact) -> str:
+    """Where it is, for tables: the folder of an artifact, and the word that a model was named by."""
+    return subject.word if isinstance(subject, Original) else str(subject.folder)

@@ -39,6 +39,24 @@ def cells(row: Row, original: Row) -> list[str]:
     ]
 
 
+COSTS = ("variant", "rows/s", "load ms", "peak MB", "MB on disk", "GMAC a row", "energy mJ")
+"""What an artifact takes and gives besides its latency; the products are those of the example row of its model."""
+
+
+def costs(row: Row) -> list[str]:
+    """The text of one row, a cell for each of ``COSTS``."""
+    load, peak, energy = row["load_ms"], row["peak_rss_bytes"], row["energy_mj"]
+    return [
+        row["name"],
+        f"{row['batch'] * 1000 / row['latency_ms']['p50']:,.1f}",
+        f"{load:.0f}" if load is not None else "—",
+        f"{peak / 1e6:.0f}" if peak is not None else "—",
+        f"{row['size_bytes'] / 1e6:.1f}",
+        f"{row['macs'] / 1e9:.3f}",
+        f"{energy:.2f}" if energy is not None else "not available",
+    ]
+
+
 def speedup_text(speedup: Row | None) -> str:
     if speedup is None:
         return "1.00x"

@@ -14,7 +14,7 @@ import typer
 
 from ..errors import InputError, UsageError
 from . import scenario as scenarios
-from .options import Columns, Data, Json, MetricOption, Seed, TargetsOption, Verbose
+from .options import Columns, Data, Json, MetricOption, Out, Seed, TargetsOption, Verbose
 from .screen import Screen, print_json, table
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ def bench(
     data: Data = None,
     columns: Columns = None,
     metric: MetricOption = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also which operators the time goes to; -o FOLDER gets a picture.")
+    ] = False,
+    out: Out = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
@@ -52,23 +56,43 @@ def bench(
     With --data also what each answers to the rows kept for evaluation, and what is lost beside the first.
     """
     from ..benchmarks import compare as comparing
+    from ..benchmarks.imitation import DoesNotFitError
+    from . import findings
 
+    if out and not profile:
+        raise UsageError("-o is the folder for the picture of a profile: give --profile too.")
     options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
     options |= scenarios.options(scenario, rate, deadline, confidence_width, seed)
-    rows: list[dict[str, Any]] = []
+    options |= {"energy": True, "profile": profile}
     environments: dict[str, Any] = {}
-    for taken in _measured(subjects, target or ["cpu"], (batch, seq), (data, columns, metric), seed, **options):
-        rows += comparing.rows(taken)
+    unfit: list[str] = []
+    where, source = target or ["cpu"], (data, columns, metric)
+    measured = [taken for taken in _measured(subjects, where, (batch, seq), source, seed, unfit, **options) if taken]
+    tables = [comparing.rows(taken) for taken in measured]
+    for taken in measured:
         environments[taken[0].target] = dict(taken[0].environment)
-    if json_:
-        print_json({"rows": rows, "environment": next(iter(environments.values())), "environments": environments})
-        return
-    per_shape = len(subjects)
-    for start in range(0, len(rows), per_shape):
-        first, *others = rows[start : start + per_shape]
+    if json_ and measured:
+        document = {
+            "rows": [row for rows in tables for row in rows],
+            "environment": next(iter(environments.values())),
+            "environments": environments,
+            "warnings": [
+                {"target": taken[0].target, "says": said} for taken in measured for said in findings.doubts(taken)
+            ],
+            "refused": unfit,
+        }
+        print_json(document)
+    for taken, (first, *others) in zip(measured, tables, strict=True) if not json_ else ():
         print(_heading(first))
         table(first, others, None)
         scenarios.show([first, *others], environments[first["target"]])
+        findings.show(taken, [first, *others])
+    if out and measured:
+        page = findings.write_profiles(measured, out)
+        if not json_:
+            print(f"profile    {page}")
+    if unfit:
+        raise DoesNotFitError(" ".join(dict.fromkeys(unfit)))
 
 
 def compare(
@@ -159,17 +183,19 @@ def _measured(
     sizes: tuple[str, str],
     source: tuple[str | None, str | None, str | None],
     seed: int,
+    unfit: list[str] | None = None,
     **options: Any,
 ) -> list[list[Measurement]]:
     """What ``words`` name, interleaved in each shape on each target; hosts work at the same time.
 
     ``sizes`` are the options --batch and --seq, ``source`` is data, columns and metric: with data everything is judged
-    before it is measured.
+    before it is measured. Where there is a list ``unfit``, it gets a sentence about those that do not fit in an
+    imitated device, and the others are measured without them.
     """
     from .. import recipe
     from ..benchmarks import judge as judging
     from ..benchmarks import load, targets
-    from ..benchmarks.subjects import is_model, original
+    from ..benchmarks.subjects import is_model, original, shown_as
     from ..export.artifact import open_artifact
     from ..models import workload
 
@@ -215,16 +241,17 @@ def _measured(
         def work(target: targets.Target) -> list[list[Measurement]]:
             found = []
             for size, length in shapes:
-                taken = load.benchmark(
+                taken = load.fitting(
                     subjects,
+                    unfit,
                     target=str(target),
                     batch=size,
                     sequence=length,
                     progress=screen.progress(f"{target} {size}x{length}", target.where),
                     **options,
                 )
-                judged = zip(taken, qualities[str(target)], strict=True)
-                found.append([replace(one, quality=quality) for one, quality in judged])
+                judged = dict(zip(map(shown_as, subjects), qualities[str(target)], strict=True))
+                found.append([replace(one, quality=judged[one.artifact]) for one in taken])
             return found
 
         found = targets.at_once(parsed, work)

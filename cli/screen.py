@@ -86,8 +86,12 @@ def load(
 
 
 def table(original: dict[str, Any], results: list[dict[str, Any]], chosen: str | None) -> None:
+    from ..benchmarks.imitation import take
     from ..benchmarks.tables import rich_table, terminal
 
+    imitated, _ = take(str(original["target"]).partition("?")[2])
+    if imitated:
+        print(imitated.told)
     terminal().print(rich_table(original, results, chosen))
 
 

@@ -8,11 +8,16 @@ from typing import Any
 
 def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
     import torch
+
+    method = program(artifact, threads).load_method("forward")
+    inputs = [torch.from_numpy(feeds[name]) for name in artifact["inputs"]]
+    return lambda: method.execute(inputs)
+
+
+def program(artifact: dict[str, Any], threads: int, **more: Any) -> Any:
+    """The program, loaded with ``more`` of ExecuTorch's options."""
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
     portable_lib._unsafe_reset_threadpool(threads)
-    program = Runtime.get().load_program(artifact["model"])
-    method = program.load_method("forward")
-    inputs = [torch.from_numpy(feeds[name]) for name in artifact["inputs"]]
-    return lambda: method.execute(inputs)
+    return Runtime.get().load_program(artifact["model"], **more)

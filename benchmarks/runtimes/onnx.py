@@ -19,8 +19,11 @@ def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) ->
     return bound(session(artifact, threads), feeds, artifact.get("device", "cpu"))
 
 
-def session(artifact: dict[str, Any], threads: int) -> Any:
-    """The session, on the device that is asked for: ONNX Runtime itself would take the CPU where that fails."""
+def session(artifact: dict[str, Any], threads: int, trace: str = "") -> Any:
+    """The session, on the device that is asked for: ONNX Runtime itself would take the CPU where that fails.
+
+    Where there is a ``trace`` it writes what it does to a file whose name begins so.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -29,6 +32,9 @@ def session(artifact: dict[str, Any], threads: int) -> Any:
     options.log_severity_level = 3
     # An idle session's threads go on spinning for their next run, and take the CPUs from the session being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if trace:
+        options.enable_profiling = True
+        options.profile_file_prefix = trace
     wanted = providers(artifact)
 
     def made() -> Any:

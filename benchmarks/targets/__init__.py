@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from shutil import which
 from types import ModuleType
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from ...errors import EdgepressError, UnavailableError, UsageError
 from ..device import gpu, packages
 from ..environment import usable_cpus
+from ..imitation import Imitation, take
 from ..runner import RUNTIMES
 from . import missing
 from .ssh import Address
@@ -36,7 +37,8 @@ TITLES |= {"torch": "PyTorch"}
 THERE_IS = (
     "there is: cpu, cpu:N with a number of threads, cpu:openvino, cpu:openvino:N, cuda, cuda:tensorrt, and all of them "
     "on a device, as in ssh://user@host/cpu:2; here also tensorrt, torch, torch:compile, torch:cuda, torch:cuda:graph "
-    "and torch:cuda:compile, the last five with fp16 or bf16, as in torch:cuda:fp16, and on the CPU with :N"
+    "and torch:cuda:compile, the last five with fp16 or bf16, as in torch:cuda:fp16, and on the CPU with :N; "
+    "?memory=512MB&cpus=0,1 after one imitates a smaller device"
 )
 WORD = re.compile(
     r"(?P<device>cpu)(:(?P<runtime>openvino))?(:(?P<threads>\d{1,4}))?"
@@ -65,6 +67,7 @@ class Target:
     address: Address | None = None
     form: str = ""
     precision: str = "fp32"
+    imitation: Imitation = field(default_factory=Imitation)
 
     def __str__(self) -> str:
         device = self.device if self.runtime in WRITTEN_FOR else ""
@@ -73,10 +76,10 @@ class Target:
         precision = "" if self.precision == "fp32" else self.precision
         threads = str(self.threads) if self.threads and self.device == "cpu" else ""
         word = ":".join(filter(None, (device, runtime, gpu, self.form, precision, threads)))
-        if not self.address:
-            return word
-        query = f"?{self.address.query}" if self.address.query else ""
-        return f"ssh://{self.address.authority}/{word}{query}"
+        queries = (self.address.query if self.address else "", self.imitation.query)
+        query = "&".join(filter(None, queries))
+        host = f"ssh://{self.address.authority}/" if self.address else ""
+        return f"{host}{word}{'?' if query else ''}{query}"
 
     @property
     def where(self) -> str:
@@ -101,25 +104,27 @@ def parse(text: str) -> Target:
     ``cuda`` is ONNX Runtime on an NVIDIA GPU, ``cuda:tensorrt`` its TensorRT provider; ``tensorrt`` runs engines;
     ``torch``, ``torch:compile``, ``torch:cuda``, ``torch:cuda:graph`` and ``torch:cuda:compile`` run models that are
     not exported. On a device ``ssh://user@host:port/`` stands before the first four, and ``?python=PATH`` or
-    ``?folder=PATH`` may follow; without a word after the host it is ``cpu``. UsageError for any other word,
-    UnavailableError for what is missing here.
+    ``?folder=PATH`` may follow; without a word after the host it is ``cpu``. ``?memory=512MB&cpus=0,1`` after either
+    imitates a smaller device. UsageError for any other word, UnavailableError for what is missing here.
     """
-    address, match = _read(text)
+    address, match, imitation = _read(text)
     if not match or (match["gpu"] and match["threads_"]) or (match["form"] == "graph" and not match["gpu"]):
         raise UsageError(f"There is no target '{text}' ({THERE_IS}).")
     threads = match["threads"] or match["threads_"]
+    cpus = len(imitation.cpus) or usable_cpus()
     target = Target(
         host="ssh" if address else "local",
         runtime=match["runtime"] or match["runtime_"] or match["torch"] or "onnx",
         device=match["device"] or ("cpu" if match["torch"] and not match["gpu"] else "cuda"),
-        threads=int(threads) if threads else 0 if address else usable_cpus(),
+        threads=int(threads) if threads else 0 if address else cpus,
         address=address,
         form=match["form"] or match["form_"] or "",
         precision=match["precision"] or "fp32",
+        imitation=imitation,
     )
     if not address:
         check(target)
-        return _fitting(target, usable_cpus())
+        return _fitting(target, cpus)
     if target.runtime in AT_HOME:
         title = TITLES[target.runtime]
         raise UsageError(f"{title} is measured on this machine alone, not over ssh: install edgepress on {address}.")
@@ -130,7 +135,7 @@ def parse(text: str) -> Target:
 
 def to_write_for(text: str) -> Target:
     """The target ``text``, where artifacts can be written for it; UnavailableError where ``bench`` alone knows it."""
-    _, match = _read(text)
+    _, match, _ = _read(text)
     if match and not match["device"]:
         raise UnavailableError(
             f"Writing for the target '{text}' is not available yet in this version; 'edgepress bench' measures on it."
@@ -138,11 +143,15 @@ def to_write_for(text: str) -> Target:
     return parse(text)
 
 
-def _read(text: str) -> tuple[Address | None, re.Match[str] | None]:
-    """The device that a target is on, and its word, or nothing where there is no such word."""
-    device = re.fullmatch(r"ssh://([^/?]*)(?:/([^?]*))?(?:\?(.*))?", text)
-    address = Address.parse(device[1], device[3] or "") if device else None
-    return address, WORD.fullmatch((device[2] or "cpu") if device else text)
+def _read(text: str) -> tuple[Address | None, re.Match[str] | None, Imitation]:
+    """The device that a target is on, its word, or nothing where there is no such word, and what it imitates."""
+    place, _, query = text.partition("?")
+    imitation, query = take(query)
+    device = re.fullmatch(r"ssh://([^/]*)(?:/(.*))?", place)
+    if query and not device:
+        raise UsageError(f"'?{query}' after the target '{place}' is not of ?memory=512MB and ?cpus=0,1.")
+    address = Address.parse(device[1], query) if device else None
+    return address, WORD.fullmatch((device[2] or "cpu") if device else place), imitation
 
 
 def check(target: Target, runtime: str = "") -> None:
@@ -163,7 +172,7 @@ def connect(target: Target, *runtimes: str) -> Iterator[tuple[Any, Target]]:
     with get(target.host).connect(target.address) as host:
         if target.address:
             environment = host.environment(0)
-            cpus = environment["cpus"]
+            cpus = len(target.imitation.cpus) or environment["cpus"]
             target = _fitting(replace(target, threads=target.threads or cpus), cpus)
             if missing.no_gpu(environment, target.device):
                 raise UnavailableError(f"There is no NVIDIA GPU on {target.where}, or no driver of it.")
@@ -282,6 +291,7 @@ def listing_of(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _fitting(target: Target, cpus: int) -> Target:
     if not 1 <= target.threads <= cpus:
         raise UsageError(
-            f"The target '{target}' asks for {target.threads} threads; {target.where} has {cpus} usable CPUs."
+            f"The target '{target}' asks for {target.threads} threads; {target.where} has {cpus} usable CPUs"
+            f"{' by cpus=' if target.imitation.cpus else ''}."
         )
     return target

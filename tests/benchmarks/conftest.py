@@ -156,7 +156,7 @@ def there(sshd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> There:
     return There(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def artifacts(workload: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """The tiny BERT in float, and with weights and activations in 8 bits."""
     folder = tmp_path_factory.mktemp("artifacts")

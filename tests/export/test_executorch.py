@@ -11,6 +11,7 @@ import edgepress as ep
 import numpy as np
 import pytest
 import torch
+from edgepress.benchmarks import load, profile
 from edgepress.errors import InputError, UnavailableError, UsageError
 from edgepress.export import reference
 from edgepress.export.artifact import Artifact, open_artifact
@@ -43,6 +44,17 @@ def test_an_artifact_is_whole_and_proven(pruned: Any, written: Artifact) -> None
     assert not any("linear" in name or "mm" in name for name in manifest.operators)
     assert written.size_bytes == written.model_file.stat().st_size > 4 * 0.9 * pruned.params
     assert reference.verify(written).cases > 0
+
+
+@installed
+def test_what_its_operators_take_is_told(written: Artifact) -> None:
+    (item,) = load.benchmark([written], target="cpu:1", sequence=16, min_queries=40, memory=False, profile=True)
+    found = profile.read(item)
+    assert found.runs == load.PROFILED_RUNS
+    products = [node for node in found.nodes if node.kernel.startswith("XNNPACK") and node.op == "Fully Connected"]
+    assert len(products) >= 12
+    assert any(node.kernel == "portable" for node in found.nodes)
+    assert 0 < sum(one["share"] for one in found.types()) <= 1 + 1e-9
 
 
 @installed
