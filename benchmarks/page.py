@@ -20,6 +20,11 @@ def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
+def scrolled(content: str, label: str) -> str:
+    """HTML that may be wider than the page, in a box that scrolls by mouse and by keyboard; ``label`` names it."""
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}">{content}</div>'
+
+
 def table(header: Sequence[str], lines: Iterable[Sequence[str]], *, name: str, caption: str = "") -> str:
     """A table whose ``id`` is ``name``; the first cell of each line is its heading."""
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
@@ -28,7 +33,5 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]], *, name: str, c
         for first, *rest in lines
     )
     said = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="wide"><table id="{escape(name)}">{said}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    whole = f'<table id="{escape(name)}">{said}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return scrolled(whole, caption or name)

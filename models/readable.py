@@ -40,11 +40,11 @@ class Readable:
         ids = rows.inputs.get("input_ids")
         if ids is None or self.tokenizer is None:
             return ""
-        end = self.tokenizer.sep_token_id
-        row = np.asarray(ids[at])
-        parts = np.split(row, np.flatnonzero(row == end) + 1) if end is not None else [row]
-        said = (" ".join(self.tokenizer.decode(part, skip_special_tokens=True).split()) for part in parts)
-        return " | ".join(filter(None, said))
+        tokenizer, row = self.tokenizer, np.asarray(ids[at])
+        hidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        parts = np.split(row, np.flatnonzero(row == tokenizer.sep_token_id)) if tokenizer.sep_token_id else [row]
+        said = (tokenizer.decode([int(one) for one in part if one not in hidden]) for part in parts)
+        return " | ".join(filter(None, (" ".join(text.split()) for text in said)))
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, or its number."""
