@@ -174,5 +174,3 @@ def counts(changes: Sequence[Change]) -> Iterator[tuple[str, int]]:
 def judged(answers: Any, by_token: bool) -> int:
     """How many answers were compared: rows, or tokens of all rows."""
     return sum(map(len, answers)) if by_token else len(answers)
-
-

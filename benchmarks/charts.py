@@ -8,8 +8,6 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 48
@@ -84,9 +82,7 @@ class Plane:
     def curve(self, points: Sequence[tuple[float, float]], style: str, tip: str) -> None:
         """A line in one of the style sheet's hues."""
         path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
-        self.parts.append(
-            f'<g class="series {style}"><title>{escape(tip)}</title><polyline points="{path}"/></g>'
-        )
+        self.parts.append(f'<g class="series {style}"><title>{escape(tip)}</title><polyline points="{path}"/></g>')
 
     def key(self, number: int, name: str, style: str) -> None:
         """The name of a curve, below the picture, in two columns; room is made for as many as ``legend`` says."""
@@ -99,15 +95,16 @@ class Plane:
 
 
 def svg_of(width: float, height: float, title: str, body: str) -> str:
+    """A picture in a box that scrolls where the page is narrower than one can read; ``title`` says it in words."""
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
-        f"<title>{escape(title)}</title>{body}</svg>"
+        f'<div class="wide chart"><svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>{body}</svg></div>"
     )
 
 
-def standalone(svg: str) -> str:
-    """``svg`` as a file of its own, in the light colours of the pages."""
-    head, rest = svg.split(">", 1)
+def standalone(chart: str) -> str:
+    """A picture as a file of its own, in the light colours of the pages."""
+    head, rest = chart[chart.index("<svg") : chart.rindex("</div>")].split(">", 1)
     return f'{head} xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"><style>{FILE_STYLE}</style>{rest}\n'
 
 

@@ -20,6 +20,7 @@ from .page import note, scrolled
 
 Row = dict[str, Any]
 
+CHANGED = "Predictions that changed"
 SHOWN = 20
 """Changed predictions that a report lists, where nobody says how many."""
 GREEN = (38, 150, 110)
@@ -39,7 +40,7 @@ def sections(run: Path, shown: int = SHOWN) -> list[tuple[str, str]]:
     found = []
     if (folder / examples.CHANGED).is_file() and (folder / examples.FACTS).is_file():
         listed, facts = changes.read(folder / examples.CHANGED), read_json(folder / examples.FACTS)
-        found.append(("Predictions that changed", _changed(folder, listed, facts, shown)))
+        found.append((CHANGED, _changed(folder, listed, facts, shown)))
     if (folder / examples.ATTENTION).is_file():
         path = folder / examples.ATTENTION
         try:
@@ -164,7 +165,9 @@ def _meaning(layers: Sequence[Row]) -> str:
         where = "Each square is the image, patch by patch: darker is where the class token, or the mean of all, looks."
     else:
         where = "In each square rows are tokens that look and columns are tokens that are looked at; darker is more."
-    return f"{where} Every square has its own scale. Upper rows are before, lower rows after; a cross is a removed head."
+    return (
+        f"{where} Every square has its own scale. Upper rows are before, lower rows after; a cross is a removed head."
+    )
 
 
 def _grid(layers: Sequence[Row]) -> str:

@@ -122,9 +122,7 @@ def attention(
     return {**shown, "cut": TOKENS if length > TOKENS else None, "layers": layers} if layers else None
 
 
-def _sequences(
-    workload: Workload, one: Map, inputs: Mapping[str, Tensor], readable: Readable
-) -> dict[str, Any] | None:
+def _sequences(workload: Workload, one: Map, inputs: Mapping[str, Tensor], readable: Readable) -> dict[str, Any] | None:
     """The labels of a map's queries and keys, or the grid of its keys; None where there are too many to be shown."""
     _, queries, keys = one.heads.shape
     grid = _grid(workload, one, inputs, keys)

@@ -7,15 +7,21 @@ intervals, so of a dominated one it is also said whether these leave a doubt.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from ..models.measures import KNOWN
 from .charts import HEIGHT, LEFT, TOP, WIDTH, Plane
+from .page import note
 
 Row = dict[str, Any]
 
+LEGEND = (
+    "The dashed line joins the variants that no other beats in both; hollow ones are beaten. Lines through a point are "
+    "95 % bootstrap intervals. In the picture of latency the area of a circle is the size on disk."
+)
 COSTS = {"latency": "median latency, ms", "size": "size, MB"}
 """What quality is held against, and the title of its axis."""
 
@@ -108,7 +114,7 @@ def _overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
 # ---- the picture
 
 
-def picture(rows: Sequence[Row], chosen: str | None, against: str = "latency") -> str:
+def picture(rows: Sequence[Row], chosen: Collection[str] = (), against: str = "latency") -> str:
     """Quality ``against`` one of ``COSTS``, both with their intervals; a line joins the variants on the frontier.
 
     Where that is the latency the area of a circle is the size on disk. Variants that are dominated at this cost are
@@ -131,11 +137,22 @@ def picture(rows: Sequence[Row], chosen: str | None, against: str = "latency") -
     order = sorted(judged, key=lambda row: (cost(row, against), -_good(row)))
     radii = [20 * math.sqrt(row["size_bytes"] / biggest) if against == "latency" else 7 for row in order]
     for row, radius in zip(order, radii, strict=True):
-        style = " chosen" if row["name"] == chosen else ""
+        style = " chosen" if row["name"] in chosen else ""
         style += "" if row in best else " hollow"
         _point(plane, row, against, style, radius)
     _labels(plane, order, radii, against)
     return plane.svg(_said(best, against, metric))
+
+
+def section(rows: Sequence[Row], chosen: Collection[str] = (), found: Sequence[Place] | None = None) -> str:
+    """HTML: quality against both costs, and what is dominated; ``found`` are the places of the rows, if known."""
+    pictures = "".join(picture(rows, chosen, against) for against in COSTS)
+    if not comparable(rows):
+        return pictures if len(rows) > 1 else picture(rows, chosen)
+    texts = told(rows, places(rows) if found is None else found)
+    listed = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    said = f"<ul>{listed}</ul>" if listed else note("No variant is dominated by another.")
+    return pictures + said + note(LEGEND)
 
 
 def _said(best: Sequence[Row], against: str, metric: str) -> str:
@@ -175,13 +192,13 @@ def _labels(plane: Plane, order: Sequence[Row], radii: Sequence[float], against:
                 (x - radius - 6, y + 4 + 15 * step, "end"),
             )
         ]
-        fitting = [
-            (at, height, anchor, box)
-            for at, height, anchor in places
-            for box in [(at - (wide if anchor == "end" else 0), height - 11, at + (wide if anchor == "start" else 0), height + 3)]
-            if box[0] >= LEFT and box[2] <= WIDTH and box[1] >= TOP - 12 and box[3] <= HEIGHT - 50
-            and not any(_crosses(box, other) for other in taken)
-        ]  # fmt: skip
+        fitting = []
+        for at, height, anchor in places:
+            start = at - wide if anchor == "end" else at
+            box = (start, height - 11, start + wide, height + 3)
+            inside = start >= LEFT and box[2] <= WIDTH and box[1] >= TOP - 12 and box[3] <= HEIGHT - 50
+            if inside and not any(_crosses(box, other) for other in taken):
+                fitting.append((at, height, anchor, box))
         if not fitting:  # too many for the picture; the tips and the table name them
             continue
         at, height, anchor, box = fitting[0]

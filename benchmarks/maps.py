@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .charts import WIDTH, Rows, svg_of
-from .page import note
+from .page import note, scrolled
 
 Row = dict[str, Any]
 
@@ -45,14 +45,14 @@ def removed(summary: Row) -> str:
     for kind, title in KINDS.items():
         counts = {site["layer"]: site["count"] for site in summary["structure"] if site["kind"] == kind}
         gone = {int(layer): set(indices) for layer, indices in plan.get(kind, {}).items()}
-        if counts and any(not layers.isdisjoint(counts) for layers in (set(gone), blocks)):
+        if gone or (counts and blocks and kind != "hidden"):
             parts.append(f"<h3>{title}</h3>{heat_map(kind, counts, gone, blocks, scores['values'].get(kind))}")
     legend = f"Darker is more important (rank of the {scores['method']} score); crossed out or cut away is removed."
     return "".join(parts) + note(legend)
 
 
 def kept(summary: Row) -> tuple[list[int], dict[str, list[float | None]]]:
-    """The layers, and for every kind of unit in blocks the share that each layer keeps of it, None where it has none."""
+    """The layers, and for every kind of unit in them the share that each layer keeps, None where it has none."""
     plan = summary["removed"]
     blocks = {int(layer) for layer in plan.get("block", {})}
     sites = {(site["kind"], site["layer"]): site["count"] for site in summary["structure"]}
@@ -174,7 +174,7 @@ def precision(found: Mapping[str, str], layers: int = 0, blocks: Collection[int]
 
 def _table(lines: Sequence[tuple[int, Mapping[str, str]]], columns: Sequence[str]) -> str:
     """An HTML table, so that its columns' long names can stand upright."""
-    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in columns)
+    head = "".join(f'<th scope="col"><span>{escape(name).replace(".", ".<wbr>")}</span></th>' for name in columns)
     body = []
     for layer, line in lines:
         if line:
@@ -185,11 +185,10 @@ def _table(lines: Sequence[tuple[int, Mapping[str, str]]], columns: Sequence[str
         else:
             cells = f'<td class="out" colspan="{len(columns)}">block removed</td>'
         body.append(f'<tr><th scope="row">layer {layer}</th>{cells}</tr>')
-    return (
-        '<div class="wide" tabindex="0" role="region" aria-label="Precision of each operator, layer by layer">'
-        f'<table class="bits"><thead><tr><th scope="col">block</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+    whole = (
+        f'<table class="bits"><thead><tr><th scope="col">block</th>{head}</tr></thead><tbody>{"".join(body)}</tbody>'
     )
+    return scrolled(f"{whole}</table>", "Precision of each operator, layer by layer")
 
 
 def _legend(kinds: Collection[str]) -> str:

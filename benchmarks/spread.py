@@ -58,14 +58,16 @@ def violins(names: Sequence[str], samples: Sequence[Floats], chosen: str | None)
         style = "violin chosen" if name == chosen else "violin"
         p50, p90, p99 = np.percentile(values, [50, 90, 99])
         outside = int((values > longest).sum())
-        beyond = f"; {outside} runs beyond {longest:.3g} ms, the longest {values.max():.3g}" if outside else ""
+        beyond = f"; {outside} beyond {longest:.3g} ms, the longest {values.max():.3g}" if outside else ""
         said = f"{name}: p50 {p50:.3g}, p90 {p90:.3g}, {len(values):,} runs{beyond}"
         parts.append(f'<g class="{style}"><title>{escape(said)}</title>')
         parts.append(f'<polygon points="{" ".join([*over, *reversed(under)])}"/>')
         shown = [(p50, VIOLIN / 2), (p90, VIOLIN / 3)] + ([(p99, VIOLIN / 4)] if len(values) >= 1000 else [])
         for value, reach in shown:
             place = x(min(float(value), math.exp(high)))
-            parts.append(f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{middle - reach:.1f}" y2="{middle + reach:.1f}"/>')
+            parts.append(
+                f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{middle - reach:.1f}" y2="{middle + reach:.1f}"/>'
+            )
         parts.append("</g>")
         parts.append(_text(left, top + 13, said, "label", "start"))
     return svg_of(WIDTH, height, f"Distribution of the latency of {', '.join(names)}", "".join(parts))
@@ -73,7 +75,7 @@ def violins(names: Sequence[str], samples: Sequence[Floats], chosen: str | None)
 
 def shares(names: Sequence[str], samples: Sequence[Floats], chosen: str | None) -> str:
     """The share of runs that took at most so long: the empirical distribution, a curve for each variant."""
-    longest = max(float(np.percentile(values, 95)) for values in samples)
+    longest = 1.15 * max(float(np.percentile(values, 90)) for values in samples)
     lowest = min(float(values.min()) for values in samples)
     plane = Plane([lowest, longest], [0.0, 100.0], "latency, ms", "share of runs, %", legend=len(names))
     last = plane.x_ticks[-1]

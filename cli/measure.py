@@ -1,4 +1,4 @@
-"""``edgepress bench``, ``compare`` and ``sweep``."""
+"""``edgepress bench`` and ``sweep``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bench(
     options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
     rows: list[dict[str, Any]] = []
     environments: dict[str, Any] = {}
-    for taken in _measured(opened, target or ["cpu"], shapes, **options):
+    for taken in measured(opened, target or ["cpu"], shapes, **options):
         rows += comparing.rows(taken)
         environments[taken[0].target] = dict(taken[0].environment)
     if json_:
@@ -58,46 +58,6 @@ def bench(
         tokens += f" after {first['past']}" if first["past"] else ""
         print(f"{first['target']}, batch {first['batch']}{tokens}")
         table(first, others, None)
-
-
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="A run folder, results.sqlite, or artifact folders to measure.")],
-    target: TargetsOption = None,
-    json_: Json = False,
-    verbose: Verbose = False,
-    seed: Seed = 0,
-) -> None:
-    """The table of a run against its original, of a sweep, or of artifacts measured now against the first."""
-    from ..stages import read_summary
-
-    if len(runs) == 1 and runs[0].suffix == ".sqlite":
-        from .. import sweep as sweeps
-
-        found = sweeps.results(runs[0])
-        if json_:
-            print_json({"cells": found})
-        else:
-            _sweep_table(found)
-        return
-    if len(runs) == 1:
-        summary = read_summary(runs[0])
-        document = {name: summary[name] for name in ("original", "results", "chosen", "refused")}
-        tables = [[document["original"], *document["results"]]]
-    else:
-        from ..benchmarks import compare as comparing
-        from ..export.artifact import open_artifact
-
-        opened = [open_artifact(folder) for folder in runs]
-        tables = [comparing.rows(taken) for taken in _measured(opened, target or ["cpu"], [(1, 128)])]
-        original, *results = [row for table in tables for row in table]
-        document = {"original": original, "results": results, "chosen": None, "refused": []}
-    if json_:
-        print_json(document)
-        return
-    for first, *others in tables:
-        if len(tables) > 1:
-            print(first["target"])
-        table(first, others, document["chosen"])
 
 
 def sweep(
@@ -122,13 +82,13 @@ def sweep(
     if json_:
         print_json({"cells": found})
     else:
-        _sweep_table(found)
+        sweep_table(found)
         print(f"results  {out / sweeps.RESULTS}")
     if failed := [cell for cell in found if cell["state"] == "failed"]:
         raise InputError(f"{len(failed)} of {len(found)} cells failed; {failed[0]['name']}: {failed[0]['said']}")
 
 
-def _measured(
+def measured(
     artifacts: Sequence[Artifact], names: Sequence[str], shapes: Sequence[tuple[int, int]], **options: Any
 ) -> list[list[Measurement]]:
     """``artifacts`` interleaved in each shape, batch and sequence, on each target; hosts work at the same time."""
@@ -157,7 +117,7 @@ def _measured(
     return [taken for of_one in found for taken in of_one]
 
 
-def _sweep_table(found: Sequence[dict[str, Any]]) -> None:
+def sweep_table(found: Sequence[dict[str, Any]]) -> None:
     """A line for each cell: what was chosen, beside its original."""
     from ..benchmarks.tables import COLUMNS, plain_table
     from ..benchmarks.tables import cells as texts
