@@ -125,7 +125,7 @@ def _of_tokens(workload: Workload, rows: Rows, before: Any, after: Any, readable
             ahead = RIGHT if words else 0
             text = "" if ids is None else _around(readable.tokens, ids[row], place, ahead)
             verdict = _verdict(label, *answers)
-            found.append(Change(row, place, verdict, said, *map(name, answers), None, None, text))
+            found.append(Change(row, place, verdict, said, name(answers[0]), name(answers[1]), None, None, text))
     return sorted(found, key=lambda one: VERDICTS.index(one.verdict))
 
 
@@ -157,12 +157,16 @@ def read(path: Path) -> list[Change]:
         raise InputError(f"{path} cannot be read as a list of changed predictions: {error}.") from error
 
 
-def _change(line: dict[str, str]) -> Change:
+def _change(line: dict[str, Any]) -> Change:
     if line["verdict"] not in VERDICTS or Path(line["image"]).name != line["image"]:
         raise ValueError(f"row {line['row']} says '{line['verdict']}', image '{line['image']}'")
-    numbers = {name: float(line[name]) if line[name] else None for name in ("before_confidence", "after_confidence")}
-    texts = {name: line[name] for name in ("verdict", "label", "before", "after", "text", "image")}
-    return Change(row=int(line["row"]), token=int(line["token"]) if line["token"] else None, **texts, **numbers)
+    return Change(
+        int(line["row"]),
+        int(line["token"]) if line["token"] else None,
+        *(line[name] for name in ("verdict", "label", "before", "after")),
+        *(float(line[name]) if line[name] else None for name in ("before_confidence", "after_confidence")),
+        *(line[name] for name in ("text", "image")),
+    )
 
 
 def counts(changes: Sequence[Change]) -> Iterator[tuple[str, int]]:

@@ -56,7 +56,7 @@ def places(rows: Sequence[Row]) -> list[Place]:
         better = [other for other in rows if not on and _beats(other, row, tuple(COSTS))]
         better = better or [other for other in rows if not on and _beats(other, row, ("latency",))]
         best = max(better, key=_good, default=None)
-        found.append(Place(on, best["name"] if best else None, bool(best) and _doubtful(best, row)))
+        found.append(Place(on, best["name"], _doubtful(best, row)) if best else Place(on))
     return found
 
 
@@ -131,8 +131,7 @@ def picture(rows: Sequence[Row], chosen: Collection[str] = (), against: str = "l
     best = [row for row in judged if not any(_beats(other, row, (against,)) for other in judged)]
     best.sort(key=lambda row: cost(row, against))
     line = [(cost(row, against), row["quality"]["value"]) for row in best]
-    if line:
-        plane.line([*line, (plane.x_ticks[-1], line[-1][1])], "frontier")
+    plane.line(line, "frontier")
     biggest = max(row["size_bytes"] for row in judged)
     order = sorted(judged, key=lambda row: (cost(row, against), -_good(row)))
     radii = [20 * math.sqrt(row["size_bytes"] / biggest) if against == "latency" else 7 for row in order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -197,9 +198,9 @@ def comparison_table(
 
 
 def _figure(text: str) -> str:
-    """A figure with its interval on a line of its own."""
-    figure, bracket, around = text.partition(" [")
-    return escape(figure) + (f'<span class="range">{escape(f"[{around}")}</span>' if bracket else "")
+    """A figure with its interval, or what else is beside it in brackets, on a line of its own."""
+    figure, beside = re.fullmatch(r"(.*?)( [\[(].*)?", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    return escape(figure) + (f'<span class="range">{escape(beside.strip())}</span>' if beside else "")
 
 
 def _values(row: Row) -> Row:

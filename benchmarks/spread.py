@@ -82,8 +82,9 @@ def shares(names: Sequence[str], samples: Sequence[Floats], chosen: str | None) 
     for number, (name, values) in enumerate(zip(names, samples, strict=True)):
         ordered = np.sort(values)
         kept = ordered[ordered <= last]
-        steps = np.unique(np.linspace(0, len(kept) - 1, min(len(kept), 300)).round().astype(int)) if len(kept) else []
+        steps = sorted({round(step) for step in np.linspace(0, len(kept) - 1, 300)}) if len(kept) else []
         points = [(float(ordered[step]), 100 * (step + 1) / len(ordered)) for step in steps]
+        points.append((last, 100 * len(kept) / len(ordered)))
         style = f"hue{number % HUES}{' dashed' if number // HUES % 2 else ''}{' chosen' if name == chosen else ''}"
         said = f"{name}: {100 * len(kept) / len(ordered):.1f} % of {len(ordered):,} runs within {last:g} ms"
         plane.curve(points, style, said)

@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto
 from ..errors import InputError
 from .artifact import Artifact
 
-STORED = {
+STORED: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
     TensorProto.BFLOAT16: "bf16",

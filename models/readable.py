@@ -70,7 +70,8 @@ class Readable:
             values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
         step = max(1, max(values.shape[1:]) // SIDE)
         small = np.moveaxis(values[:, ::step, ::step], 0, -1)
-        return (255 * small.clip(0, 1)).round().astype(np.uint8)
+        result: Pixels = (255 * small.clip(0, 1)).round().astype(np.uint8)
+        return result
 
 
 def _tokenizer(workload: Workload) -> Any:
