@@ -175,6 +175,15 @@ def counts(changes: Sequence[Change]) -> Iterator[tuple[str, int]]:
     return ((verdict, found[verdict]) for verdict in VERDICTS if found[verdict])
 
 
+def some(changes: Sequence[Change], count: int) -> list[Change]:
+    """So many of them, as even a number of each verdict as there are, in their order."""
+    left = {verdict: [change for change in changes if change.verdict == verdict] for verdict in VERDICTS}
+    picked: list[Change] = []
+    while len(picked) < count and any(left.values()):
+        picked += [of_kind.pop(0) for of_kind in left.values() if of_kind][: count - len(picked)]
+    return sorted(picked, key=lambda change: VERDICTS.index(change.verdict))
+
+
 def judged(answers: Any, by_token: bool) -> int:
     """How many answers were compared: rows, or tokens of all rows."""
     return sum(map(len, answers)) if by_token else len(answers)

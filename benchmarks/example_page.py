@@ -76,7 +76,7 @@ def _changed(folder: Path, listed: Sequence[Change], facts: Any, shown: int) -> 
     said = f"<p>{escape(_counted(listed, facts))}</p>"
     if not listed:
         return said
-    some = listed[:shown]
+    some = changes.some(listed, shown)
     image = any(change.image for change in some)
     sure = any(change.before_confidence is not None for change in some)
     header = ["what", "row", *(["image"] if image else []), "text", "label", "original", "chosen"]
@@ -84,8 +84,8 @@ def _changed(folder: Path, listed: Sequence[Change], facts: Any, shown: int) -> 
     lines = [_line(folder, change, header) for change in some]
     head = "".join(f'<th scope="col">{name}</th>' for name in header)
     body = f'<table id="changed" class="words"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    rest = "All are listed" if len(some) == len(listed) else f"The first {len(some):,} are listed here, all"
-    told = f"{rest} in {examples.FOLDER}/{examples.CHANGED}."
+    rest = "" if len(some) == len(listed) else f"{len(some):,} of each kind in turn are listed here. "
+    told = f"{rest}All are in {examples.FOLDER}/{examples.CHANGED}."
     told += " Shares are those of the softmax; texts are as the model reads them." if sure else ""
     return said + (scrolled(body, "Predictions that changed") if some else "") + note(told)
 
@@ -146,7 +146,7 @@ def _attention(found: Mapping[str, Any]) -> str:
     closest = _closest(layers)
     if closest:
         parts.append("<h3>Heads that changed most</h3>")
-        parts += [_close(layers[at], head) for at, head in closest]
+        parts += [_close(layers[at], head, image) for at, head in closest]
     return "".join(parts)
 
 
@@ -221,11 +221,12 @@ def _closest(layers: Sequence[Row]) -> list[tuple[int, int]]:
     return [(at, head) for _, at, head in picked]
 
 
-def _close(entry: Row, head: int) -> str:
+def _close(entry: Row, head: int, image: bytes) -> str:
     one = entry["heads"][head]
     name = f"layer {int(entry['layer'])}, head {head}"
-    parts = [_large(entry, one["before"], f"{name}, before")]
-    parts.append(_large(entry, one["after"], f"{name}, after") if one["after"] else _gone(f"{name}, after: removed"))
+    parts = [_large(entry, one["before"], f"{name}, before", image)]
+    after = f"{name}, after"
+    parts.append(_large(entry, one["after"], after, image) if one["after"] else _gone(f"{after}: removed"))
     return f'<div class="pair">{"".join(parts)}</div>'
 
 
@@ -233,30 +234,31 @@ def _gone(text: str) -> str:
     return f"<figure><figcaption>{escape(text)}</figcaption></figure>"
 
 
-def _large(entry: Row, packed: Any, text: str) -> str:
-    """A map with the text of its tokens; of an image without."""
+def _large(entry: Row, packed: Any, text: str, image: bytes) -> str:
+    """A map with the text of its tokens, or over the image that it is of."""
     values = examples.unpacked(packed)
-    content = base64.b64encode(_drawn(values)).decode("ascii")
     rows, columns = values.shape
-    peak = f"{text}; darkest {values.max():.2f}"
-    cell, left, top = (13, 92, 92) if not entry["grid"] else (max(8, 240 // max(rows, columns)), 0, 0)
+    said = f"{text}; darkest {values.max():.2f}"
+    on_image = bool(entry["grid"])
+    cell, left, top = (240 / max(rows, columns), 0, 0) if on_image else (13, 92, 92)
     wide, high = cell * columns, cell * rows
+    box = f'x="{left}" y="{top}" width="{wide:g}" height="{high:g}"'
+    layers = [image, _drawn(values)] if on_image and image else [_drawn(values)]
     parts = [
-        f'<image href="data:image/png;base64,{content}" x="{left}" y="{top}" width="{wide}" height="{high}" '
-        f'preserveAspectRatio="none" style="image-rendering:pixelated"/>',
-        f'<rect class="frame" x="{left}" y="{top}" width="{wide}" height="{high}"/>',
+        f'<image class="{"over" if at else "under"}" {box} preserveAspectRatio="none" '
+        f'href="data:image/png;base64,{base64.b64encode(content).decode("ascii")}"/>'
+        for at, content in enumerate(layers)
     ]
-    if not entry["grid"]:
-        for at, word in enumerate(entry["queries"]):
-            y = top + cell * at + cell - 3
-            parts.append(f'<text class="token" x="{left - 5}" y="{y}" text-anchor="end">{escape(_short(word))}</text>')
-        for at, word in enumerate(entry["keys"]):
-            place = f"translate({left + cell * at + cell - 3} {top - 5}) rotate(-90)"
-            parts.append(f'<text class="token" transform="{place}">{escape(_short(word))}</text>')
-    box = f"0 0 {left + wide + 1} {top + high + 1}"
+    parts.append(f'<rect class="frame" {box}/>')
+    for at, word in enumerate(entry["queries"]):
+        place = f'x="{left - 5}" y="{top + cell * at + cell - 3:g}" text-anchor="end"'
+        parts.append(f'<text class="token" {place}>{escape(_short(word))}</text>')
+    for at, word in enumerate(entry["keys"]):
+        place = f"translate({left + cell * at + cell - 3:g} {top - 5}) rotate(-90)"
+        parts.append(f'<text class="token" transform="{place}">{escape(_short(word))}</text>')
     return (
-        f'<figure><svg viewBox="{box}" role="img" aria-label="{escape(peak)}">{"".join(parts)}</svg>'
-        f"<figcaption>{escape(peak)}</figcaption></figure>"
+        f'<figure{" class=small" if on_image else ""}><svg viewBox="0 0 {left + wide + 1:g} {top + high + 1:g}" '
+        f'role="img" aria-label="{escape(said)}">{"".join(parts)}</svg><figcaption>{escape(said)}</figcaption></figure>'
     )
 
 

@@ -49,7 +49,7 @@ def write(  # noqa: PLR0917
     found = changes.of(workload, before, after, readable)
     facts: dict[str, Any] = {"by_token": workload.task.by_token, "judged": None}
     if found is not None:
-        found = [*_with_images(folder, rows, found[:THUMBNAILS], readable), *found[THUMBNAILS:]]
+        found = _with_images(folder, rows, found, readable)
         changes.write(folder / CHANGED, found)
         facts["judged"] = changes.judged(before, workload.task.by_token)
     (folder / FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
@@ -59,14 +59,14 @@ def write(  # noqa: PLR0917
 
 
 def _with_images(folder: Path, rows: Rows, found: Sequence[Change], readable: Readable) -> list[Change]:
-    made = []
-    for change in found:
-        image = readable.thumbnail(rows, change.row)
-        name = f"{change.row}.png" if image else ""
+    """The changes, those whose rows are images and that a report may list with a thumbnail in ``folder``."""
+    names = {}
+    for row in {change.row for change in changes.some(found, THUMBNAILS)}:
+        image = readable.thumbnail(rows, row)
         if image:
-            (folder / name).write_bytes(image)
-        made.append(replace(change, image=name))
-    return made
+            names[row] = f"{row}.png"
+            (folder / names[row]).write_bytes(image)
+    return [replace(change, image=names.get(change.row, "")) for change in found]
 
 
 def _row(rows: Rows, found: Sequence[Change]) -> int:

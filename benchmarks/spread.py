@@ -75,7 +75,9 @@ def violins(names: Sequence[str], samples: Sequence[Floats], chosen: str | None)
 
 def shares(names: Sequence[str], samples: Sequence[Floats], chosen: str | None) -> str:
     """The share of runs that took at most so long: the empirical distribution, a curve for each variant."""
-    longest = 1.15 * max(float(np.percentile(values, 90)) for values in samples)
+    longest = min(
+        *(factor * max(float(np.percentile(values, q)) for values in samples) for q, factor in ((90, 1.15), (50, 4.0)))
+    )
     lowest = min(float(values.min()) for values in samples)
     plane = Plane([lowest, longest], [0.0, 100.0], "latency, ms", "share of runs, %", legend=len(names))
     last = plane.x_ticks[-1]

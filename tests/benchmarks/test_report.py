@@ -158,7 +158,7 @@ def test_the_page_lists_as_many_as_it_is_told(open_page: Any, here: Any, finishe
     page, complaints = open_page(run / "report.html")
     assert complaints == []
     assert page.locator("#changed tbody tr").count() == 3
-    assert f"The first 3 are listed here, all in {examples.FOLDER}/" in page.inner_text("main")
+    assert f"3 of each kind in turn are listed here. All are in {examples.FOLDER}/" in page.inner_text("main")
     page.close()
 
 

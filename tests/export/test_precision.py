@@ -1,0 +1,43 @@
+"""In which precision each operator of a written file is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import edgepress as ep
+import pytest
+from edgepress.errors import InputError
+from edgepress.export import precision
+from edgepress.export.artifact import Artifact
+
+BLOCK = "bert.encoder.layer.1"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "product", "table"),
+    [("fp32", "fp32", "fp32"), ("int8-dynamic", "int8", "int8 weights"), ("int8", "int8", "int8 weights"),
+     ("int8-weight", "int8 weights", "fp32"), ("int4", "int4 weights", "fp32"), ("fp16", "fp16 weights", None)],
+)  # fmt: skip
+def test_every_operator_with_a_weight(
+    workload: Any, tmp_path: Path, scheme: str, product: str, table: str | None
+) -> None:
+    plan = () if scheme == "fp32" else (ep.quantize(workload, scheme),)
+    artifact = ep.export(workload, tmp_path / "a", *plan)
+    found = precision.of(artifact)
+    inside = [name for name in found if name.startswith("bert.encoder.layer.")]
+    assert len(inside) == 3 * 6
+    assert {found[name] for name in inside} == {product}
+    assert found["bert.embeddings.word_embeddings"] == (table or found["bert.embeddings.word_embeddings"])
+    assert set(artifact.manifest.quantized) <= set(found)
+
+
+def test_a_file_that_is_no_graph(workload: Any, tmp_path: Path) -> None:
+    artifact = ep.export(workload, tmp_path / "a")
+    artifact.model_file.write_bytes(b"\xff\xff\xff no graph")
+    with pytest.raises(InputError, match="cannot be read as ONNX"):
+        precision.of(artifact)
+    other = replace(artifact, manifest=artifact.manifest.model_copy(update={"runtime": "openvino"}))
+    assert isinstance(other, Artifact)
+    assert precision.of(other) == {}
