@@ -32,14 +32,15 @@ class Place:
 
     on: tuple[str, ...]
     dominated_by: str | None = None
-    """The best variant that is at least as fast, as small and as good; None where only one of both costs is beaten."""
+    """The best of the variants that are at least as fast, as small and as good, and better in something."""
     doubtful: bool = False
     """Whether the intervals leave it open."""
 
     @property
     def text(self) -> str:
-        """Of a cell in a table: ``latency, size``, ``latency``, ``size`` or ``dominated``."""
-        return ", ".join(self.on) or "dominated"
+        """Of a cell in a table: ``latency, size``, ``latency``, ``size``, ``dominated``, or ``off`` where it takes one
+        variant to beat it in latency and another to beat it in size."""
+        return ", ".join(self.on) or ("dominated" if self.dominated_by is not None else "off")
 
 
 def comparable(rows: Sequence[Row]) -> bool:
@@ -54,7 +55,6 @@ def places(rows: Sequence[Row]) -> list[Place]:
     for row in rows:
         on = tuple(cost for cost in COSTS if not any(_beats(other, row, (cost,)) for other in rows))
         better = [other for other in rows if not on and _beats(other, row, tuple(COSTS))]
-        better = better or [other for other in rows if not on and _beats(other, row, ("latency",))]
         best = max(better, key=_good, default=None)
         found.append(Place(on, best["name"], _doubtful(best, row)) if best else Place(on))
     return found

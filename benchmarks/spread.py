@@ -75,9 +75,8 @@ def violins(names: Sequence[str], samples: Sequence[Floats], chosen: str | None)
 
 def shares(names: Sequence[str], samples: Sequence[Floats], chosen: str | None) -> str:
     """The share of runs that took at most so long: the empirical distribution, a curve for each variant."""
-    longest = min(
-        *(factor * max(float(np.percentile(values, q)) for values in samples) for q, factor in ((90, 1.15), (50, 4.0)))
-    )
+    p50, p90 = (max(float(np.percentile(values, percent)) for values in samples) for percent in (50, 90))
+    longest = min(1.15 * p90, 4 * p50)  # the violins show the tails
     lowest = min(float(values.min()) for values in samples)
     plane = Plane([lowest, longest], [0.0, 100.0], "latency, ms", "share of runs, %", legend=len(names))
     last = plane.x_ticks[-1]

@@ -51,11 +51,11 @@ def of(artifact: Artifact) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in graph.node:
         for name in _weights(node):
-            stored, quantized = _stored(name, makers, kinds)
-            if stored is None or (node.op_type in TABLES and not quantized and name not in large):
+            stored, widened = _stored(name, makers, kinds)
+            if stored is None or (node.op_type == "Gather" and not widened and name not in large):
                 continue  # a Gather also picks tokens and shapes
             path = node.name.partition("/")[0] or name
-            said = _said(node, makers, stored, quantized)
+            said = _said(node, makers, stored, widened)
             found[path] = min(found.get(path, said), said, key=_bits)  # a table's scales are looked up beside it
     return found
 
@@ -70,21 +70,21 @@ def _weights(node: NodeProto) -> Iterator[str]:
 
 
 def _stored(name: str, makers: dict[str, NodeProto], kinds: dict[str, int]) -> tuple[str | None, bool]:
-    """The type in which a weight is kept, None where it is no constant; and whether it is dequantized."""
-    quantized = False
+    """The type in which a weight is kept, None where it is no constant; and whether it is made wider to be used."""
+    widened = False
     while name not in kinds and name in makers and makers[name].op_type in THROUGH:
-        quantized = quantized or makers[name].op_type == "DequantizeLinear"
+        widened = widened or makers[name].op_type in {"DequantizeLinear", "Cast"}
         name = makers[name].input[0]
-    return STORED.get(kinds.get(name, TensorProto.UNDEFINED)), quantized
+    return STORED.get(kinds.get(name, TensorProto.UNDEFINED)), widened
 
 
-def _said(node: NodeProto, makers: dict[str, NodeProto], stored: str, quantized: bool) -> str:
+def _said(node: NodeProto, makers: dict[str, NodeProto], stored: str, widened: bool) -> str:
     if node.op_type in {"MatMulNBits", "GatherBlockQuantized"}:
         bits = next((one.i for one in node.attribute if one.name == "bits"), 4)
         return f"int{bits}{FEW}"
     if node.op_type in TABLES and _bits(stored) < 16:
         return f"{stored}{FEW}"
-    if not quantized or node.op_type in WHOLE:
+    if not widened or node.op_type in WHOLE:
         return stored
     reads = makers.get(node.input[0])
     both = reads is not None and reads.op_type == "DequantizeLinear"  # the runtime computes such pairs in few bits

@@ -44,9 +44,11 @@ def test_who_is_on_the_frontier() -> None:
 
 
 def test_beaten_by_one_in_speed_and_by_another_in_size() -> None:
-    place = frontier.places([row("a", 1, 9, 90), row("b", 9, 1, 90), row("c", 5, 5, 90)])[2]
-    assert (place.on, place.dominated_by) == ((), None)
-    assert place.text == "dominated"
+    rows = [row("a", 1, 9, 90), row("b", 9, 1, 90), row("c", 5, 5, 90)]
+    place = frontier.places(rows)[2]
+    assert (place.on, place.dominated_by) == ((), None), "neither of the two is better in everything"
+    assert place.text == "off"
+    assert frontier.told(rows, frontier.places(rows)) == []
 
 
 def test_intervals_that_overlap_leave_a_doubt() -> None:
