@@ -238,8 +238,8 @@ def _large(entry: Row, packed: Any, text: str, image: bytes) -> str:
     """A map with the text of its tokens, or over the image that it is of."""
     values = examples.unpacked(packed)
     rows, columns = values.shape
-    said = f"{text}; darkest {values.max():.2f}"
     on_image = bool(entry["grid"])
+    said = f"{text}; {'most' if on_image else 'darkest'} {values.max():.2f}"
     cell, left, top = (240 / max(rows, columns), 0, 0) if on_image else (13, 92, 92)
     wide, high = cell * columns, cell * rows
     box = f'x="{left}" y="{top}" width="{wide:g}" height="{high:g}"'
