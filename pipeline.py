@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from . import __version__
-from .benchmarks import compare, environment, latency, load, mixed, speed, targets
+from .benchmarks import compare, environment, examples, latency, load, mixed, speed, targets
 from .benchmarks.measurement import Measurement
 from .benchmarks.report import write_report
 from .benchmarks.targets import Target
@@ -614,11 +614,31 @@ class _Run:
         chosen = rows[best]["name"] if best else None
         with new_folder(self.out / "artifact") as place:
             shutil.copytree(variants[best].artifact.folder, place, dirs_exist_ok=True)
+        self._examples(variants[0], variants[best])
         write_text(path, "".join(json.dumps(m.to_json()) + "\n" for m in measured))
         outcome = Outcome(self.out, rows[0], rows[1:], chosen, self.refused, missing)
         summary = self._summary(outcome, measured, variants[best])
         write_text(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         return outcome
+
+    def _examples(self, original: Variant, best: Variant) -> None:
+        """Keep in the run which predictions changed, and where heads look, for its report."""
+        place, pruned = self.out / examples.FOLDER, best.pruned
+
+        def make(folder: Path, progress: Progress) -> dict[str, Any]:
+            progress(0, 0, "changed predictions, attention")
+            before, after = (metrics.read_answers(v.artifact.folder.parent / "answers.npz") for v in (original, best))
+            left = self._read(pruned.checkpoint) if pruned else None
+            plan = pruned.plan if pruned else PruningPlan()
+            examples.write(folder, self.workload, left, plan, before, after)
+            return {}
+
+        if best is original:
+            shutil.rmtree(place, ignore_errors=True)
+            return
+        _, folder, _ = self.stages.run("examples", {"original": original.key, "best": best.key}, make)
+        with new_folder(place) as copy:
+            shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))
 
     def _summary(self, outcome: Outcome, measured: list[Measurement], best: Variant) -> dict[str, Any]:
         data, structure = self.workload.data, self.workload.structure

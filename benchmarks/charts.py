@@ -8,9 +8,6 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-from ..models.measures import KNOWN
 
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 48
@@ -33,13 +30,20 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [step * i for i in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
-class _Plane:
+class Plane:
     """Axes: data to picture, with grid and labels."""
 
     def __init__(
-        self, xs: Sequence[float], ys: Sequence[float], x_title: str, y_title: str, *, right: int = RIGHT
+        self,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        x_title: str,
+        y_title: str,
+        *,
+        right: int = RIGHT,
+        legend: int = 0,
     ) -> None:
-        self.right = WIDTH - right
+        self.right, self.height = WIDTH - right, HEIGHT + 18 * -(-legend // 2)
         self.x_ticks, self.y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
         self.parts: list[str] = []
         for value in self.x_ticks:
@@ -71,26 +75,42 @@ class _Plane:
         path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
         self.parts.append(f'<polyline class="{style}" points="{path}"/>')
 
+    def circle(self, x: float, y: float, radius: float, style: str, tip: str) -> None:
+        place = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{radius:.1f}"'
+        self.parts.append(f'<circle class="{style}" {place}><title>{escape(tip)}</title></circle>')
+
+    def curve(self, points: Sequence[tuple[float, float]], style: str, tip: str) -> None:
+        """A line in one of the style sheet's hues."""
+        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+        self.parts.append(f'<g class="series {style}"><title>{escape(tip)}</title><polyline points="{path}"/></g>')
+
+    def key(self, number: int, name: str, style: str) -> None:
+        """The name of a curve, below the picture, in two columns; room is made for as many as ``legend`` says."""
+        x, y = LEFT + number % 2 * (self.right - LEFT) / 2, HEIGHT + 10 + 18 * (number // 2)
+        self.parts.append(f'<g class="series {style}"><polyline points="{x:.1f},{y - 4} {x + 24:.1f},{y - 4}"/></g>')
+        self.text(x + 30, y, _short(name, 44), "start", "label")
+
     def svg(self, title: str) -> str:
-        return _svg(WIDTH, HEIGHT, title, "".join(self.parts))
+        return svg_of(WIDTH, self.height, title, "".join(self.parts))
 
 
-def _svg(width: float, height: float, title: str, body: str) -> str:
+def svg_of(width: float, height: float, title: str, body: str) -> str:
+    """A picture in a box that scrolls where the page is narrower than one can read; ``title`` says it in words."""
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
-        f"<title>{escape(title)}</title>{body}</svg>"
+        f'<div class="wide chart"><svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>{body}</svg></div>"
     )
 
 
-def standalone(svg: str) -> str:
-    """``svg`` as a file of its own, in the light colours of the pages."""
-    head, rest = svg.split(">", 1)
+def standalone(chart: str) -> str:
+    """A picture as a file of its own, in the light colours of the pages."""
+    head, rest = chart[chart.index("<svg") : chart.rindex("</div>")].split(">", 1)
     return f'{head} xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"><style>{FILE_STYLE}</style>{rest}\n'
 
 
 def growth(xs: Sequence[float], ys: Sequence[float], x_title: str, y_title: str, title: str) -> str:
     """Points, and the straight line that fits them best."""
-    plane = _Plane([0.0, *xs], [0.0, *ys], x_title, y_title)
+    plane = Plane([0.0, *xs], [0.0, *ys], x_title, y_title)
     slope, rest = np.polyfit(xs, ys, 1)
     plane.line([(x, slope * x + rest) for x in (min(xs), max(xs))], "frontier")
     for x, y in zip(xs, ys, strict=True):
@@ -101,7 +121,7 @@ def growth(xs: Sequence[float], ys: Sequence[float], x_title: str, y_title: str,
 def agreement(series: Mapping[str, Sequence[tuple[float, float]]], axes: tuple[str, str], title: str) -> str:
     """Pairs that should be equal, and the line where they are; each series has its name by its last point."""
     every = [0.0, *(value for pairs in series.values() for pair in pairs for value in pair)]
-    plane = _Plane(every, every, *axes)
+    plane = Plane(every, every, *axes)
     plane.line([(0.0, 0.0), (max(every), max(every))], "frontier")
     for number, (name, pairs) in enumerate(series.items()):
         for x, y in ((plane.x(a), plane.y(b)) for a, b in pairs):
@@ -115,68 +135,10 @@ def agreement(series: Mapping[str, Sequence[tuple[float, float]]], axes: tuple[s
     return plane.svg(title)
 
 
-def pareto(rows: Sequence[dict[str, Any]], chosen: str | None) -> str:
-    """Quality against median latency with both intervals; the area of a circle is the size on disk."""
-    judged = [row for row in rows if row["quality"]]
-    if not judged:
-        return "<p>No quality was measured.</p>"
-    xs = [0.0, *(row["latency_ms"]["p90"] for row in judged)]
-    ys = [bound for row in judged for bound in (row["quality"]["low"], row["quality"]["high"])]
-    metric = judged[0]["quality"]["metric"]
-    better = KNOWN[metric].better if metric in KNOWN else 1
-    plane = _Plane(xs, ys, "median latency, ms", metric)
-    biggest = max(row["size_bytes"] for row in judged)
-    order = sorted(judged, key=lambda row: (row["latency_ms"]["p50"], -better * row["quality"]["value"]))
-    frontier: list[tuple[float, float]] = []
-    for row in order:
-        if not frontier or better * row["quality"]["value"] > better * frontier[-1][1]:
-            frontier.append((row["latency_ms"]["p50"], row["quality"]["value"]))
-    plane.line(frontier, "frontier")
-    taken: list[float] = []
-    for row in order:
-        quality, p50 = row["quality"], row["latency_ms"]["p50"]
-        low, high = row.get("latency_interval_ms") or (p50, p50)
-        x, y = plane.x(p50), plane.y(quality["value"])
-        style = "point chosen" if row["name"] == chosen else "point"
-        radius = 22 * math.sqrt(row["size_bytes"] / biggest)
-        for a, b in (
-            ((p50, quality["low"]), (p50, quality["high"])),
-            ((low, quality["value"]), (high, quality["value"])),
-        ):
-            plane.line([a, b], "whisker")
-        plane.parts.append(f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>')
-        label_y = y - radius - 6
-        while any(abs(label_y - other) < 14 for other in taken):
-            label_y -= 14
-        if label_y < TOP:
-            label_y = y + radius + 14
-            while any(abs(label_y - other) < 14 for other in taken):
-                label_y += 14
-        taken.append(label_y)
-        anchor = "start" if x < WIDTH * 0.3 else "end" if x > WIDTH * 0.7 else "middle"
-        plane.text(x, label_y, f"{row['name']}, {row['size_bytes'] / 1e6:.1f} MB", anchor, "label")
-    return plane.svg("Quality against latency; the area of a circle is the size on disk")
-
-
-def distributions(names: Sequence[str], samples: Sequence[NDArray[np.float64]], chosen: str | None) -> str:
-    """The share of runs that took at most so long, a curve for each variant."""
-    longest = max(float(np.percentile(values, 99)) for values in samples)
-    plane = _Plane([0.0, longest], [0.0, 100.0], "latency, ms", "share of runs, %")
-    for number, (name, values) in enumerate(zip(names, samples, strict=True)):
-        shares = np.linspace(0, 99, 100)
-        points = list(zip(np.percentile(values, shares).tolist(), shares.tolist(), strict=True))
-        plane.line(points, "curve chosen" if name == chosen else "curve")
-        share = 90 - 80 * number / max(1, len(names) - 1) if len(names) > 1 else 50
-        x = plane.x(float(np.percentile(values, share)))
-        anchor = "end" if x > WIDTH * 0.6 else "start"
-        plane.text(x + (-6 if anchor == "end" else 6), plane.y(share), name, anchor, "label")
-    return plane.svg("Distribution of latency")
-
-
 def training(trace: Sequence[dict[str, Any]]) -> str:
     """Loss against step; a circle where something was wrong, which says what."""
     points = [(entry["step"], entry["loss"]) for entry in trace if entry["loss"] is not None]
-    plane = _Plane([x for x, _ in points], [0.0, *(y for _, y in points)], "step", "distillation loss")
+    plane = Plane([x for x, _ in points], [0.0, *(y for _, y in points)], "step", "distillation loss")
     plane.line(points, "curve chosen")
     for entry in trace:
         told = "; ".join(f"{event['kind']}, {event['where']}: {event['done']}" for event in entry["events"])
@@ -194,7 +156,7 @@ def norms(layers: Sequence[str], trace: Sequence[dict[str, Any]]) -> str:
     found = [[_middle([trace[i]["norms"][row] for i in part]) for part in parts] for row in range(len(layers))]
     known = [math.log10(value) for line in found for value in line if value] or [0.0]
     low, span = min(known), (max(known) - min(known)) or 1.0
-    plane = _Rows(list(layers))
+    plane = Rows(list(layers))
     width = (plane.right - plane.left) / len(parts)
     for row, (layer, line) in enumerate(zip(layers, found, strict=True)):
         for place, (value, part) in enumerate(zip(line, parts, strict=True)):
@@ -216,7 +178,7 @@ HUES = 7
 
 def curves(names: Sequence[str], xs: Sequence[float], lines: Sequence[Sequence[float]], axes: tuple[str, str]) -> str:
     """A curve for each name through the values at ``xs``, labelled on the right at its end."""
-    plane = _Plane(xs, [0.0, *(y for line in lines for y in line)], *axes, right=24 + 8 * max(map(len, names)))
+    plane = Plane(xs, [0.0, *(y for line in lines for y in line)], *axes, right=24 + 8 * max(map(len, names)))
     ends = _spread([plane.y(line[-1]) for line in lines], TOP, HEIGHT - BOTTOM)
     for number, (name, line, end) in enumerate(zip(names, lines, ends, strict=True)):
         style = f"series hue{number % HUES}{' dashed' if number // HUES % 2 else ''}"
@@ -243,52 +205,6 @@ def _spread(places: Sequence[float], low: float, high: float, apart: float = 14)
     return [float(place) for place in found]
 
 
-def heat_map(kind: str, counts: dict[int, int], gone: dict[int, set[int]], blocks: set[int], values: Any) -> str:
-    """One row a layer, one cell a unit (or a bin of units): shade is importance, a cross or a white share is removal.
-
-    ``counts`` maps a layer to its units, ``gone`` to its removed indices. Importance is ranked over all layers, since
-    scores span decades.
-    """
-    cells_a_row = min(48, max(counts.values()))
-    cell, row_height, left = (WIDTH - 90) / cells_a_row, 22 if len(counts) > 1 else 40, 84
-    ranks = _ranks(values) if values else None
-    parts = []
-    whole = kind == "hidden"  # of all layers at once, and in no block
-    for place, (layer, count) in enumerate(counts.items()):
-        y = place * (row_height + 4)
-        out = layer in blocks and not whole
-        lost = set(range(count)) if out else gone.get(layer, set())
-        name = "stream" if whole else f"layer {layer}"
-        bins = np.array_split(np.arange(count), min(cells_a_row, count))
-        note = "block removed" if out else f"{count - len(lost)} of {count} kept"
-        parts.append(f'<text class="tick" x="0" y="{y + 15}">{name}</text>')
-        for position, members in enumerate(bins):
-            share = sum(int(index) in lost for index in members) / len(members)
-            shade = float(np.mean([ranks[place][index] for index in members])) if ranks else 0.5
-            x = left + position * cell
-            tip = f"{name}, {kind} {members[0]} to {members[-1]}: {share:.0%} removed ({note})"
-            box = f'x="{x:.1f}" width="{cell - 1.5:.1f}"'
-            parts.append(
-                f'<g><title>{tip}</title><rect class="heat" {box} y="{y}" height="{row_height}" '
-                f'fill-opacity="{0.12 + 0.88 * shade:.2f}"/>'
-            )
-            if share:
-                parts.append(f'<rect class="gone" {box} y="{y}" height="{row_height * share:.1f}"/>')
-            if share == 1:
-                ends = f'x1="{x:.1f}" y1="{y + row_height}" x2="{x + cell - 1.5:.1f}" y2="{y}"'
-                parts.append(f'<line class="cross" {ends}/>')
-            parts.append("</g>")
-    return _svg(
-        WIDTH, len(counts) * (row_height + 4), f"Which {kind} units were removed, layer by layer", "".join(parts)
-    )
-
-
-def _ranks(values: Sequence[Sequence[float]]) -> list[NDArray[np.float64]]:
-    flat = np.concatenate([np.asarray(layer, dtype=np.float64) for layer in values])
-    order = flat.argsort().argsort() / max(1, len(flat) - 1)
-    return np.split(order, np.cumsum([len(layer) for layer in values])[:-1])
-
-
 # ---- statistics: one row a layer, from the first to the last
 
 ROW = 24
@@ -296,7 +212,7 @@ DECADES = 1e-8
 """The least share of the largest gradient that is drawn in its place."""
 
 
-class _Rows:
+class Rows:
     """A picture with one row a layer, labelled on the left; what lies from ``left`` to ``right`` is the caller's."""
 
     def __init__(self, labels: Sequence[str], *, right: int = RIGHT, below: int = 0) -> None:
@@ -326,7 +242,7 @@ class _Rows:
         self.parts.append(f'<circle class="{style}" {place}><title>{escape(tip)}</title></circle>')
 
     def svg(self, title: str) -> str:
-        return _svg(WIDTH, self.height, title, "".join(self.parts))
+        return svg_of(WIDTH, self.height, title, "".join(self.parts))
 
 
 def _short(text: str, most: int = 34) -> str:
@@ -347,7 +263,7 @@ def gradient_flow(layers: Sequence[dict[str, Any]], names: Sequence[str]) -> str
         else:
             rows.append([(name, entry)])
     flags = [_flags(row) for row in rows]
-    plane = _Rows([row[0][0] for row in rows], right=RIGHT + 7 * max(map(len, flags)), below=46)
+    plane = Rows([row[0][0] for row in rows], right=RIGHT + 7 * max(map(len, flags)), below=46)
     x = _logarithmic(plane, [entry["gradient_norm"] for entry in layers], len(rows), "norm of the gradient")
     stacks: dict[str, list[str]] = {}
     for number, row in enumerate(rows):
@@ -379,7 +295,7 @@ def _flags(row: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return _short("; ".join(texts), 42)
 
 
-def _logarithmic(plane: _Rows, values: Sequence[float], rows: int, title: str) -> Callable[[float], float]:
+def _logarithmic(plane: Rows, values: Sequence[float], rows: int, title: str) -> Callable[[float], float]:
     """Draw a logarithmic axis for ``values`` below so many rows, and return where on it a value stands."""
     positive = [value for value in values if value > 0] or [1.0]
     scale = _decades(max(min(positive), DECADES * max(positive)), max(positive))
@@ -409,7 +325,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 def influence(labels: Sequence[str], values: Sequence[float], tips: Sequence[str]) -> str:
     """A bar for each block: how much it changes its input."""
-    plane = _Rows(labels, right=60)
+    plane = Rows(labels, right=60)
     longest = max(*values, 1e-9)
     for row, (value, tip) in enumerate(zip(values, tips, strict=True)):
         width = max(value, 0) / longest * (plane.right - plane.left)
@@ -422,7 +338,7 @@ def sensitivity(names: Sequence[str], alone: Sequence[float], without: Sequence[
     """What quantizing costs, a row for each operator: a large dot where it alone is quantized, a small one where all
     but it are, and a dashed line at all of them. The further the small dot is left of the line, the more is won by
     leaving the operator in float."""
-    plane = _Rows(["", *names], below=46)
+    plane = Rows(["", *names], below=46)
     rows = len(names) + 1
     x = _logarithmic(plane, [*alone, *without, whole], rows, "distance from the answers in float")
     plane.parts.append(f'<path class="frontier" d="M{x(whole):.1f} {ROW}V{rows * ROW}"/>')
@@ -443,7 +359,7 @@ def intervals(
 ) -> str:
     """A dot for each value, with its interval (value, low, high) as a line; those that are None are left out. ``limit``
     is what a value could be at most."""
-    plane = _Rows(["", *labels], below=46)
+    plane = Rows(["", *labels], below=46)
     known = [bound for entry in entries for bound in entry if bound is not None]
     scale = ticks(min([0.0, *known]), max([1.0, *known]))
     span = plane.right - plane.left
@@ -483,7 +399,7 @@ def cells(
 ) -> str:
     """Values from 0 to ``scale`` as shades, a row for each label; ``columns`` stand above the cells, and each of
     ``tips`` says what a cell is."""
-    plane = _Rows(["", *labels], right=4)
+    plane = Rows(["", *labels], right=4)
     width = min(54.0, (plane.right - plane.left) / max(1, len(columns)))
     every = math.ceil(8 * max((len(name) for name in columns), default=1) / width)
     for place, name in enumerate(columns):

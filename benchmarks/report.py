@@ -3,53 +3,52 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..export import precision
+from ..export.artifact import MANIFEST, open_artifact
 from ..files import write_text
 from ..models import measures
 from ..models.measures import told
 from ..plan import read_json
-from . import charts, tables
+from . import charts, example_page, frontier, maps, spread, tables
 from .compare import rows as compared
 from .measurement import Measurement
-from .page import note, page, table
+from .page import note, page, scrolled, table
 
 Row = dict[str, Any]
 
-FIELDS = (
-    *("name", "speedup", "quality", "drop", "p50", "p90", "p95", "p99", "size_bytes", "params", "precision"),
-    "runtime",
-)
+FIELDS = {
+    "variant": "name",
+    **{f"{name} ms": name for name in ("p50", "p90", "p95", "p99")},
+    "MB": "size_bytes",
+    **{name: name for name in ("speedup", "quality", "drop", "params", "precision", "runtime")},
+}
 """What each of ``tables.COLUMNS`` shows, as the ``data-field`` of its cells."""
 
 
-KINDS = {
-    "head": "Attention heads",
-    "kv": "Key/value groups",
-    "cross_head": "Heads of cross-attention",
-    "ffn": "Feed-forward channels",
-    "channel": "Channels",
-    "hidden": "Channels of the hidden width",
-}
-
-
-def write_report(run: Path) -> Path:
+def write_report(run: Path, *, changed: int = example_page.SHOWN) -> Path:
     """Write ``report.html`` and ``report.md`` of a finished run; returns the first.
 
-    Every figure is derived anew from ``measurements.jsonl``. Raises InputError where ``run`` is not a finished run.
+    Every figure is derived anew from ``measurements.jsonl``; so many ``changed`` predictions are listed. Raises
+    InputError where ``run`` is not a finished run, or one of its files is damaged.
     """
-    summary, measured = _read(run)
+    summary, measured = read_run(run)
     original, *results = compared(measured)
-    write_text(run / "report.html", _page(summary, measured, original, results))
-    write_text(run / "report.md", _markdown(summary, original, results))
+    page_of = _page(run, summary, measured, original, results, changed)
+    markdown = _markdown(run, summary, original, results)
+    write_text(run / "report.html", page_of)
+    write_text(run / "report.md", markdown)
     return run / "report.html"
 
 
-def _read(run: Path) -> tuple[Row, list[Measurement]]:
+def read_run(run: Path) -> tuple[Row, list[Measurement]]:
+    """The summary and the measurements of a finished run; InputError where ``run`` is none."""
     for name in ("summary.json", "measurements.jsonl"):
         if not (run / name).is_file():
             raise InputError(f"{run} is not a finished run: it has no {name}.")
@@ -76,29 +75,51 @@ def headline(summary: Row, original: Row, results: Sequence[Row]) -> str:
     return f"{chosen['speedup']['value']:.2f}x faster, {share:.0%} of the size, {moved}: {met}."
 
 
-def _markdown(summary: Row, original: Row, results: Sequence[Row]) -> str:
-    said = (headline(summary, original, results), _judged(original["quality"]))
-    lines = [f"# {summary['name']} on {summary['target']}", "", " ".join(filter(None, said)), ""]
-    lines += [tables.markdown(original, results, summary["chosen"])]
+def _markdown(run: Path, summary: Row, original: Row, results: Sequence[Row]) -> str:
+    plain, rows = tables.plain, [original, *results]
+    found = frontier.places(rows) if frontier.comparable(rows) else []
+    said = (headline(summary, original, results), _judged(original["quality"]), example_page.summary(run))
+    lines = [f"# {plain(summary['name'])} on {plain(summary['target'])}", "", " ".join(filter(None, said)), ""]
+    lines += [tables.markdown(original, results, summary["chosen"], found)]
+    lines += [f"- {plain(text)}" for text in frontier.told(rows, found)] + [""] if found else []
     for title, entries in (("Kept", summary["kept"]), ("Refused", summary["refused"])):
-        lines += [f"## {title}", "", *(f"- {e['variant']}: {e['reason']}" for e in entries), ""]
+        lines += [f"## {title}", "", *(f"- {plain(e['variant'])}: {plain(e['reason'])}" for e in entries), ""]
+    if summary["removed"]:
+        lines += ["## Share that is kept", "", _shares(summary)]
     for entry in summary.get("mixed", ()):
-        lines += [f"## In float in {entry['variant']}", "", *(f"- {name}" for name in entry["in_float"]), ""]
+        lines += [f"## In float in {plain(entry['variant'])}", "", *(f"- {plain(n)}" for n in entry["in_float"]), ""]
     lines += ["## Environment", "", *(f"- {key}: {_plain(value)}" for key, value in summary["environment"].items())]
     return "\n".join(lines) + "\n"
 
 
-def _page(summary: Row, measured: Sequence[Measurement], original: Row, results: Sequence[Row]) -> str:
-    names = [item.name for item in measured]
-    rows = [original, *results]
+def _shares(summary: Row) -> str:
+    """What each layer keeps of every kind of unit, as a table in markdown."""
+    layers, shares = maps.kept(summary)
+    header = ["layer", *(maps.KINDS[kind] for kind in shares)]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for at, layer in enumerate(layers):
+        cells = ["" if values[at] is None else f"{values[at]:.0%}" for values in shares.values()]
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _page(  # noqa: PLR0917
+    run: Path, summary: Row, measured: Sequence[Measurement], original: Row, results: Sequence[Row], changed: int
+) -> str:
+    rows, chosen = [original, *results], summary["chosen"]
     sections = [
-        ("Against the original", _table(original, results, summary["chosen"])),
-        ("Quality against latency", charts.pareto(rows, summary["chosen"])),
-        ("Latency", charts.distributions(names, [item.samples for item in measured], summary["chosen"])),
-        ("What was removed", _removed(summary)),
-        ("What the gate decided", _gate(summary)),
+        ("Against the original", comparison_table(rows, chosen, name="comparison")),
+        ("Quality against latency and size", frontier.section(rows, {chosen} - {None})),
+        ("Latency, run by run", latencies(measured, chosen)),
     ]
-    sections += [("What stays in float", _in_float(entry)) for entry in summary.get("mixed", ())]
+    examples = dict(example_page.sections(run, changed))
+    sections += [entry for entry in examples.items() if entry[0] == example_page.CHANGED]
+    sections.append(("What was removed", _removed(summary)))
+    if (run / "artifact" / MANIFEST).is_file():
+        sections.append(("Precision, layer by layer", _precision(run, summary)))
+    sections += [entry for entry in examples.items() if entry[0] != example_page.CHANGED]
+    sections.append(("What the gate decided", _gate(summary)))
+    sections += [(f"What stays in float in {one['variant']}", _in_float(one)) for one in summary.get("mixed", ())]
     if summary["trace"].get("recover"):
         sections.append(("Recovery", _recovery(**summary["trace"])))
     data = summary["data"]
@@ -108,11 +129,25 @@ def _page(summary: Row, measured: Sequence[Measurement], original: Row, results:
     judged = _judged(original["quality"])
     sections.append(("Data", f"<p>{escape(summary['origin'])}. {sizes}; no row is in two of them. {judged}</p>"))
     sections.append(("Stages", _stages(summary["stages"])))
-    sections.append(("Environment", _definitions(summary["environment"])))
+    sections.append(("Environment", definitions(summary["environment"])))
     if summary["warnings"]:
         doubts = "".join(f"<li>{escape(doubt)}</li>" for doubt in summary["warnings"])
         sections.insert(1, ("Read with care", f"<ul>{doubts}</ul>"))
     return page(f"{summary['name']} on {summary['target']}", headline(summary, original, results), sections)
+
+
+def latencies(measured: Sequence[Measurement], chosen: str | None) -> str:
+    """HTML: the distributions of latencies that were measured together."""
+    names, samples = [item.name for item in measured], [item.samples for item in measured]
+    told = "Marks are the median, the 90th and, of 1,000 runs or more, the 99th percentile."
+    return spread.violins(names, samples, chosen) + note(told) + spread.shares(names, samples, chosen)
+
+
+def _precision(run: Path, summary: Row) -> str:
+    artifact = open_artifact(run / "artifact")
+    layers = 1 + max((site["layer"] for site in summary["structure"] if site["kind"] != "hidden"), default=-1)
+    blocks = {int(layer) for layer in summary["removed"].get("block", {})}
+    return maps.precision(precision.of(artifact), layers, blocks)
 
 
 def _judged(quality: Row | None) -> str:
@@ -123,28 +158,47 @@ def _judged(quality: Row | None) -> str:
     return f"Quality is fidelity to the original ({metric.name}): no labels were used."
 
 
-def _table(original: Row, results: Sequence[Row], chosen: str | None) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in tables.COLUMNS)
+def comparison_table(
+    rows: Sequence[Row], chosen: str | None, *, name: str, places: Sequence[frontier.Place] | None = None
+) -> str:
+    """HTML of the table of rows that were measured together, the first of which is the original.
+
+    ``places`` are the rows' on the frontier, of more rows than these; by default that of these.
+    """
+    original, *results = rows
+    if places is None:
+        places = frontier.places(rows) if frontier.comparable(rows) else []
+    header, every = tables.lines(original, results, places)
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in header)
     lines = []
-    for row in (original, *results):
+    for row, texts in zip(rows, every, strict=True):
         values = _values(row)
         mark = ' class="chosen"' if row["name"] == chosen else ""
-        texts = tables.cells(row, original)
         parts = []
-        for field, text in zip(FIELDS, texts, strict=True):
-            value = "" if values[field] is None else f' data-value="{escape(str(values[field]))}"'
+        for title, text in zip(header, texts, strict=True):
+            field = FIELDS.get(title, title.lower())
+            known = values.get(field, row.get(field))
+            value = "" if known is None else f' data-value="{escape(str(known))}"'
             first = field == "name"
-            label = f"{escape(text)} <b>chosen</b>" if first and mark else escape(text)
+            label = f"{escape(text)} <b>chosen</b>" if first and mark else escape(text) if first else _figure(text)
             tag = 'th scope="row"' if first else "td"
             parts.append(f'<{tag} data-field="{field}"{value}>{label}</{tag.split(maxsplit=1)[0]}>')
         lines.append(f'<tr data-row="{escape(row["name"])}"{mark}>{"".join(parts)}</tr>')
     tokens = f" x sequence {original['sequence']}" if original["sequence"] else ""
+    tokens += f" after {original['past']}" if original.get("past") else ""
     shape = f"batch {original['batch']}{tokens}, n = {original['latency_ms']['n']} each"
-    caption = f"{escape(original['target'])}, {shape}, interleaved; brackets are 95 % intervals, of speedups 99 %"
-    return (
-        f'<div class="wide"><table id="comparison"><caption>{caption}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    caption = f"{original['target']}, {shape}, interleaved; brackets are 95 % intervals, of speedups 99 %"
+    whole = (
+        f'<table id="{escape(name)}"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     )
+    return scrolled(whole, "Variants against the original")
+
+
+def _figure(text: str) -> str:
+    """A figure with its interval, or what else is beside it in brackets, on a line of its own."""
+    figure, beside = re.fullmatch(r"(.*?)( [\[(].*)?", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    return escape(figure) + (f'<span class="range">{escape(beside.strip())}</span>' if beside else "")
 
 
 def _values(row: Row) -> Row:
@@ -157,24 +211,7 @@ def _values(row: Row) -> Row:
 
 
 def _removed(summary: Row) -> str:
-    removed = summary["removed"]
-    if not removed:
-        return "<p>No units were removed.</p>"
-    blocks = {int(layer) for layer in removed.get("block", {})}
-    scores = summary["scores"] or {"method": "no", "values": {}}
-    parts = [_fitted(summary["speed"])] if summary.get("speed") else []
-    if blocks:
-        parts.append(f"<p>Whole blocks removed: {', '.join(str(layer) for layer in sorted(blocks))}.</p>")
-    for kind, title in KINDS.items():
-        counts = {site["layer"]: site["count"] for site in summary["structure"] if site["kind"] == kind}
-        gone = {int(layer): set(indices) for layer, indices in removed.get(kind, {}).items()}
-        if counts:
-            parts.append(f"<h3>{title}</h3>")
-            parts.append(charts.heat_map(kind, counts, gone, blocks, scores["values"].get(kind)))
-    legend = (
-        f"Darker is more important (rank of the {escape(scores['method'])} score); crossed out or cut away is removed."
-    )
-    return "".join(parts) + f'<p class="note">{legend}</p>'
+    return (_fitted(summary["speed"]) if summary.get("speed") else "") + maps.removed(summary)
 
 
 def _fitted(speed: Row) -> str:
@@ -205,7 +242,8 @@ def _gate(summary: Row) -> str:
         for entry in entries
     ]
     head = '<th scope="col">verdict</th><th scope="col">variant</th><th scope="col">why</th>'
-    return f'<div class="wide words"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    whole = f'<table class="words"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return scrolled(whole, "What the gate decided")
 
 
 def _recovery(recover: Sequence[Row], layers: Sequence[str]) -> str:
@@ -228,7 +266,7 @@ def _stages(stages: Sequence[Row]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _definitions(environment: Row) -> str:
+def definitions(environment: Row) -> str:
     lines = [f"<dt>{escape(key)}</dt><dd>{escape(_plain(value))}</dd>" for key, value in environment.items()]
     return f"<dl>{''.join(lines)}</dl>"
 

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from . import charts, score_table
+from .maps import KINDS
 from .page import note, page, table
-from .report import KINDS
 
 Row = dict[str, Any]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .frontier import Place
 
 Row = dict[str, Any]
 
@@ -141,29 +144,48 @@ def remarks(found: Row, layer: int) -> list[str]:
     return texts
 
 
-def markdown(original: Row, results: Sequence[Row], chosen: str | None) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
-    for row in (original, *results):
-        texts = [text.replace("|", "\\|").replace("\n", " ") for text in cells(row, original)]
+PARETO = "Pareto"
+"""The column of a variant's place among the others, where that is known."""
+
+
+def lines(original: Row, results: Sequence[Row], places: Sequence[Place] = ()) -> tuple[list[str], list[list[str]]]:
+    """The header and the cells of a comparison; with the rows' ``places`` there is one column more."""
+    rows = [original, *results]
+    texts = [cells(row, original) for row in rows]
+    if not places:
+        return list(COLUMNS), texts
+    return [*COLUMNS, PARETO], [[*line, place.text] for line, place in zip(texts, places, strict=True)]
+
+
+def markdown(original: Row, results: Sequence[Row], chosen: str | None, places: Sequence[Place] = ()) -> str:
+    header, every = lines(original, results, places)
+    drawn = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    for row, line in zip((original, *results), every, strict=True):
+        texts = [plain(text) for text in line]
         if row["name"] == chosen:
             texts[0] = f"**{texts[0]}**"
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join(lines) + "\n"
+        drawn.append("| " + " | ".join(texts) + " |")
+    return "\n".join(drawn) + "\n"
 
 
-def rich_table(original: Row, results: Sequence[Row], chosen: str | None) -> Any:
+def plain(text: str) -> str:
+    """``text`` as it stands in a line of markdown, whatever is in it: no code, no markup, no link, no cell."""
+    return re.sub(r"([\\`*_<>|])", r"\\\1", " ".join(str(text).split())).replace("](", "]\\(")
+
+
+def rich_table(original: Row, results: Sequence[Row], chosen: str | None, places: Sequence[Place] = ()) -> Any:
     """The comparison for a terminal, the chosen variant in bold."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(header_style="bold")
-    for name in COLUMNS:
-        table.add_column(
-            name, no_wrap=name == "variant", justify="left" if name in {"variant", "precision", "runtime"} else "right"
-        )
-    for row in (original, *results):
+    header, every = lines(original, results, places)
+    for name in header:
+        left = name in {"variant", "precision", "runtime", PARETO}
+        table.add_column(name, no_wrap=name == "variant", justify="left" if left else "right")
+    for row, line in zip((original, *results), every, strict=True):
         style = "bold green" if row["name"] == chosen else ""
-        table.add_row(*(Text(text, style=style) for text in cells(row, original)))
+        table.add_row(*(Text(text, style=style) for text in line))
     return table
 
 

@@ -12,11 +12,12 @@ import traceback
 import typer
 
 from ..errors import EdgepressError, UsageError
+from .compare import compare, report
 from .compress import compress
 from .export import export
 from .inspect import inspect
-from .listings import methods, report, targets, zoo
-from .measure import bench, compare, sweep
+from .listings import methods, targets, zoo
+from .measure import bench, sweep
 from .prune import prune
 from .quantize import quantize, sensitivity
 from .score import score

@@ -1,33 +1,13 @@
-"""``edgepress report``, ``targets``, ``methods`` and ``zoo``."""
+"""``edgepress targets``, ``methods`` and ``zoo``."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .options import Json, Seed, Verbose
 from .screen import print_json
-
-if TYPE_CHECKING:
-    pass
-
-
-def report(
-    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    json_: Json = False,
-    verbose: Verbose = False,
-    seed: Seed = 0,
-) -> None:
-    """Write report.html and report.md of a finished run anew."""
-    from ..benchmarks.report import write_report
-
-    page = write_report(run)
-    if json_:
-        print_json({"report": str(page)})
-    else:
-        print(page)
 
 
 def targets(

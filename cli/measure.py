@@ -1,4 +1,4 @@
-"""``edgepress bench``, ``compare`` and ``sweep``."""
+"""``edgepress bench`` and ``sweep``."""
 
 from __future__ import annotations
 
@@ -67,80 +67,32 @@ def bench(
     environments: dict[str, Any] = {}
     unfit: list[str] = []
     where, source = target or ["cpu"], (data, columns, metric)
-    measured = [taken for taken in _measured(subjects, where, (batch, seq), source, seed, unfit, **options) if taken]
-    tables = [comparing.rows(taken) for taken in measured]
-    for taken in measured:
+    runs = [taken for taken in measured(subjects, where, (batch, seq), source, seed, unfit, **options) if taken]
+    tables = [comparing.rows(taken) for taken in runs]
+    for taken in runs:
         environments[taken[0].target] = dict(taken[0].environment)
-    if json_ and measured:
+    if json_ and runs:
         document = {
             "rows": [row for rows in tables for row in rows],
             "environment": next(iter(environments.values())),
             "environments": environments,
             "warnings": [
-                {"target": taken[0].target, "says": said} for taken in measured for said in findings.doubts(taken)
+                {"target": taken[0].target, "says": said} for taken in runs for said in findings.doubts(taken)
             ],
             "refused": unfit,
         }
         print_json(document)
-    for taken, (first, *others) in zip(measured, tables, strict=True) if not json_ else ():
+    for taken, (first, *others) in zip(runs, tables, strict=True) if not json_ else ():
         print(_heading(first))
         table(first, others, None)
         scenarios.show([first, *others], environments[first["target"]])
         findings.show(taken, [first, *others])
-    if out and measured:
-        page = findings.write_profiles(measured, out)
+    if out and runs:
+        page = findings.write_profiles(runs, out)
         if not json_:
             print(f"profile    {page}")
     if unfit:
         raise DoesNotFitError(" ".join(dict.fromkeys(unfit)))
-
-
-def compare(
-    runs: Annotated[
-        list[str], typer.Argument(help="A run folder, results.sqlite, or artifact folders and models to measure.")
-    ],
-    target: TargetsOption = None,
-    batch: Annotated[str, typer.Option("--batch", help="Of what is measured: batch sizes, 1,8.")] = "1",
-    seq: Annotated[str, typer.Option("--seq", help="Of what is measured: sequence lengths, 32,128.")] = "128",
-    data: Data = None,
-    columns: Columns = None,
-    metric: MetricOption = None,
-    json_: Json = False,
-    verbose: Verbose = False,
-    seed: Seed = 0,
-) -> None:
-    """The table of a run against its original, of a sweep, or of artifacts measured now against the first."""
-    from ..stages import read_summary
-
-    if len(runs) == 1 and (target or data or columns or metric or (batch, seq) != ("1", "128")):
-        raise UsageError("A run is shown as it was measured; give artifacts, two or more, to measure them now.")
-    if len(runs) == 1 and runs[0].endswith(".sqlite"):
-        from .. import sweep as sweeps
-
-        found = sweeps.results(Path(runs[0]))
-        if json_:
-            print_json({"cells": found})
-        else:
-            _sweep_table(found)
-        return
-    if len(runs) == 1:
-        summary = read_summary(Path(runs[0]))
-        document = {name: summary[name] for name in ("original", "results", "chosen", "refused")}
-        tables = [[document["original"], *document["results"]]]
-    else:
-        from ..benchmarks import compare as comparing
-
-        measured = _measured(runs, target or ["cpu"], (batch, seq), (data, columns, metric), seed)
-        tables = [comparing.rows(taken) for taken in measured]
-        original, *results = [row for table in tables for row in table]
-        document = {"original": original, "results": results, "chosen": None, "refused": []}
-    if json_:
-        print_json(document)
-        return
-    for first, *others in tables:
-        if len(tables) > 1:
-            print(_heading(first))
-        table(first, others, document["chosen"])
 
 
 def sweep(
@@ -165,7 +117,7 @@ def sweep(
     if json_:
         print_json({"cells": found})
     else:
-        _sweep_table(found)
+        sweep_table(found)
         print(f"results  {out / sweeps.RESULTS}")
     if failed := [cell for cell in found if cell["state"] == "failed"]:
         raise InputError(f"{len(failed)} of {len(found)} cells failed; {failed[0]['name']}: {failed[0]['said']}")
@@ -177,7 +129,7 @@ def _heading(row: dict[str, Any]) -> str:
     return f"{row['target']}, batch {row['batch']}{tokens}"
 
 
-def _measured(
+def measured(
     words: Sequence[str],
     names: Sequence[str],
     sizes: tuple[str, str],
@@ -258,7 +210,7 @@ def _measured(
     return [taken for of_one in found for taken in of_one]
 
 
-def _sweep_table(found: Sequence[dict[str, Any]]) -> None:
+def sweep_table(found: Sequence[dict[str, Any]]) -> None:
     """A line for each cell: what was chosen, beside its original."""
     from ..benchmarks.tables import COLUMNS, plain_table
     from ..benchmarks.tables import cells as texts

@@ -46,7 +46,7 @@ def statistics(
         stack.enter_context(finite.checked(workload.module))
         units = stack.enter_context(gradient_flow.observed(workload, tokens))
         changes = stack.enter_context(representation.observed(workload, tokens, seed))
-        maps = stack.enter_context(attention.observed(workload, tokens))
+        maps = stack.enter_context(attention.observed(workload, tokens, attention.Observer))
         for part in sample.batches(batch):
             tokens.start(part.labels)
             try:

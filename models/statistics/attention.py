@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -245,13 +245,16 @@ class Observer(TorchFunctionMode):
         ]
 
 
+Watching = TypeVar("Watching", bound=Observer)
+
+
 @contextmanager
-def observed(workload: Workload, tokens: Tokens) -> Iterator[Observer]:
-    """Within the context the maps of every attention of the model are summed up."""
+def observed(workload: Workload, tokens: Tokens, kind: type[Watching]) -> Iterator[Watching]:
+    """Within the context an observer of this ``kind`` sees the maps of every attention of the model."""
     module, structure = workload.module, workload.structure
     stack_of = {layer: stack.path for stack in structure.stacks for layer in stack.layers}
     sites = {(site.block, site.kind): site for site in structure.sites}
-    observer = Observer([], tokens)
+    observer = kind([], tokens)
     with ExitStack() as stack:
         for attention, prefix, block in mapping.attentions(module, families.get(structure.family)):
             site = sites[prefix, attention.kind]

@@ -53,6 +53,20 @@ def open_page(browser: Any) -> Callable[..., tuple[Any, list[str]]]:
     return open_
 
 
+@pytest.fixture(scope="session")
+def violations() -> Callable[[Any], list[str]]:
+    """What axe-core has against a page, all its rules run."""
+    if not os.environ.get("EDGEPRESS_REQUIRE_BROWSER"):
+        pytest.importorskip("axe_playwright_python", reason="pip install -c constraints.txt -e '.[dev]'")
+    from axe_playwright_python.sync_playwright import Axe
+
+    def check(page: Any) -> list[str]:
+        found = Axe().run(page).response["violations"]
+        return [f"{one['id']}: {one['help']}: {node['html']}" for one in found for node in one["nodes"]]
+
+    return check
+
+
 # ---- a device over ssh
 
 SSHD = shutil.which("sshd", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/usr/local/sbin")))
