@@ -30,7 +30,9 @@ class Needs:
 
 OURS = "edgepress"
 PEERS = {
-    OURS: Needs((f"{ROOT}[openvino]", "torchao"), ("torch", "onnxruntime", "openvino", "torchao", "torch-pruning"), True),
+    OURS: Needs(
+        (f"{ROOT}[openvino]", "torchao"), ("torch", "onnxruntime", "openvino", "torchao", "torch-pruning"), True
+    ),
     "onnxruntime": Needs(("onnxruntime", "onnx", "sympy"), ("onnxruntime", "onnx")),
     "nncf": Needs(("nncf", "openvino"), ("nncf", "openvino")),
     "olive": Needs(("olive-ai", "onnxruntime", "torch", "requests"), ("olive-ai", "onnxruntime")),

@@ -179,7 +179,9 @@ def pruning(path: Path, section: Mapping[str, Any]) -> list[str]:
     sets = list(original["quality"])
     before = ", ".join(f"{name} {found['value']:.2f} (n = {found['n']})" for name, found in original["quality"].items())
     metric = next(iter(original["quality"].values()))["metric"]
-    parts = [f"Before: {metric} {before}, on {head['study']['target']}. Drops are in points, with 95 % intervals."]
+    parts = [
+        f"Before: {metric} {before}, on {head['study']['target']}. Drops are in points, with 95 % intervals and the range over seeds."
+    ]
     lost: list[str] = []
     for wanted in sorted({row["wanted"] for row in rows}):
         groups: dict[tuple[str, str, int], list[Row]] = {}
@@ -196,7 +198,9 @@ def pruning(path: Path, section: Mapping[str, Any]) -> list[str]:
                 best = min((_mean(groups[one], lambda row: row["quality"][name]["drop"]) for one in ours), default=drop)  # noqa: B023
                 behind = group[0] != OURS and drop < best and not _too_slow(groups[group])
                 lost += [group[0]] * behind
+                drops = [row["quality"][name]["drop"] for row in groups[group]]
                 shown = f"{drop:.2f} [{low:.2f}, {high:.2f}]"
+                shown += f", {min(drops):.2f} to {max(drops):.2f}" if len(drops) > 1 else ""
                 cells.append(f"**{shown}, lost**" if behind else shown)
             lines.append(_pruned(group, groups[group], cells))
         columns = ["method", "setting", "seeds", "speedup", *(f"drop, {name}" for name in sets), "M params", "seconds"]
@@ -279,7 +283,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page has to be made anew")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 where the page has to be made anew"
+    )
     options = parser.parse_args()
     text = page()
     if not options.check:

@@ -10,7 +10,7 @@ killed starts the same command again. The result is one JSON document, with the 
 ``page.py`` makes docs/benchmarks.md.
 
 ``--quick`` goes through all of it with few settings, rows and rounds: a check of the harness, whose figures mean nothing.
-Only the standard library is needed to start.
+Nothing but edgepress's own folder is needed to start: what is imported here is the standard library's.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import environments
-from environments import OURS, PEERS, ROOT, Environment, digest
+from edgepress.benchmarks.peers import environments
+from edgepress.benchmarks.peers.environments import OURS, PEERS, ROOT, Environment, digest
 
 HERE = "edgepress.benchmarks.peers"
 OWN_CODE = ("compress", "export", "models")
@@ -45,7 +43,9 @@ def main() -> None:
     one.add_argument("--rows", type=int, help=f"of calibration ({DEFAULTS['rows']})")
     one.add_argument("--evaluation", type=int, help=f"rows that are judged ({DEFAULTS['evaluation']})")
     one.add_argument("--queries", type=int, help=f"rounds ({DEFAULTS['queries']})")
-    one.add_argument("--seconds", type=float, help=f"for each contender at each shape at most ({DEFAULTS['seconds']:g})")
+    one.add_argument(
+        "--seconds", type=float, help=f"for each contender at each shape at most ({DEFAULTS['seconds']:g})"
+    )
     one.add_argument("--also", metavar="NAME=FOLDER", action="append", default=[], help="an artifact, measured too")
     one.add_argument("--quick", action="store_true", help="few of everything, to check the harness")
     one.add_argument("-o", "--out", type=Path, required=True)
@@ -99,7 +99,11 @@ def quantization(options: argparse.Namespace) -> None:
     if _run(python, cache, f"{HERE}.quantization", *argv):
         raise SystemExit("The measuring ended with an error; what is above says why, and what is measured is kept.")
     document = json.loads(part.read_text(encoding="utf-8"))
-    asked_for = {"threads": options.threads, "shapes": options.shapes, **{name: getattr(options, name) for name in DEFAULTS}}
+    asked_for = {
+        "threads": options.threads,
+        "shapes": options.shapes,
+        **{name: getattr(options, name) for name in DEFAULTS},
+    }
     whole = {
         "model": options.model,
         "quick": options.quick,
@@ -142,7 +146,7 @@ def _run(python: Path, cache: Path, module: str, *arguments: str) -> int:
         link.unlink(missing_ok=True)
         link.symlink_to(ROOT, target_is_directory=True)
     own = {**os.environ, "PYTHONPATH": str(source)}
-    return subprocess.run([python, "-m", module, *arguments], env=own, check=False).returncode  # noqa: S603
+    return subprocess.run([python, "-m", module, *arguments], env=own, check=False).returncode  # noqa: S603 # ours
 
 
 if __name__ == "__main__":

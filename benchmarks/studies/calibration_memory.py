@@ -1,10 +1,10 @@
 """What calibration costs in memory: the peak of ``int8`` over the loaded model, against the number of rows.
 
-    python benchmarks/studies/calibration_memory.py [--model zoo:minilm-reviews] [--rows 100,1000,10000] [-o memory.json]
+    python benchmarks/studies/calibration_memory.py [--model zoo:minilm-reviews] [--rows 100,1000,10000] [-o out.json]
 
 Every number of rows is a process of its own, which loads the model, answers one row, notes its resident set, makes the
 rows and quantizes; the figure is the peak of the resident set from then on, less what was noted. Rows are the model's
-training rows, from the first again where there are fewer. A number of rows that ``-o`` has already is not measured again.
+training rows, from the first again where there are fewer. What ``-o`` has already is not measured again.
 """
 
 from __future__ import annotations

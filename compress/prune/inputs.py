@@ -17,7 +17,7 @@ from ..score.readers import Moments, Seen
 
 BATCH = 32
 TOKENS = 2048
-"""Of a batch at most, padding included: what is held of a layer's inputs stays as small with long rows as with short."""
+"""Of a batch at most, padding included, so that a layer's inputs take no more memory with long rows than with short."""
 
 
 def linear_layers(workload: Workload) -> list[str]:

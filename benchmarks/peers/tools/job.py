@@ -46,7 +46,9 @@ class Job:
             for row in range(self.facts["rows"]):
                 feeds = {name: arrays[f"{row}/{name}"] for name in self.facts["inputs"]}
                 if length and "input_ids" in feeds:
-                    feeds = {n: np.pad(a[:, :length], ((0, 0), (0, max(0, length - len(a[0]))))) for n, a in feeds.items()}
+                    feeds = {
+                        n: np.pad(a[:, :length], ((0, 0), (0, max(0, length - len(a[0]))))) for n, a in feeds.items()
+                    }
                 yield feeds
 
 

@@ -16,7 +16,9 @@ def tool(job: Job, made: Made) -> None:
     def write(path: Path) -> None:
         place = job.out / "float"
         place.mkdir(exist_ok=True)
-        openvino.save_model(openvino.convert_model(job.float_model), place / "openvino_model.xml", compress_to_fp16=False)
+        openvino.save_model(
+            openvino.convert_model(job.float_model), place / "openvino_model.xml", compress_to_fp16=False
+        )
         (place / "config.json").write_text(json.dumps(job.facts["config"]), encoding="utf-8")
         of_texts = "input_ids" in job.facts["inputs"]
         kind = OVModelForSequenceClassification if of_texts else OVModelForImageClassification
