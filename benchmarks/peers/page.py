@@ -6,7 +6,7 @@
 goals, and why a cell is lost, by tool or method. A lost cell without a reason is an error, so that none can be hidden.
 
 A peer's cell of a quantization table is *lost* where its file is faster than every file of ours for the same runtime
-(for torchao: for any) whose cosine is at least as high, to three places, and the intervals of the two speedups lie apart.
+(for torchao: for any) whose cosine is at least as high, to three places, and the two speedups' intervals lie apart.
 A cell of a pruning table is lost where a peer loses fewer points than ours there.
 """
 
@@ -179,9 +179,8 @@ def pruning(path: Path, section: Mapping[str, Any]) -> list[str]:
     sets = list(original["quality"])
     before = ", ".join(f"{name} {found['value']:.2f} (n = {found['n']})" for name, found in original["quality"].items())
     metric = next(iter(original["quality"].values()))["metric"]
-    parts = [
-        f"Before: {metric} {before}, on {head['study']['target']}. Drops are in points, with 95 % intervals and the range over seeds."
-    ]
+    said = "Drops are in points, with 95 % intervals and the range over seeds."
+    parts = [f"Before: {metric} {before}, on {head['study']['target']}. {said}"]
     lost: list[str] = []
     for wanted in sorted({row["wanted"] for row in rows}):
         groups: dict[tuple[str, str, int], list[Row]] = {}

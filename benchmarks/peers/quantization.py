@@ -2,10 +2,11 @@
 
     python benchmarks/peers/run.py quantization …       does all of it; see there
 
-``prepare`` writes the job folder (``tools/job.py``) of a model. ``measure`` opens the files of all tools in one process:
-``cosine`` is the mean, over evaluation rows, of that between what the last layer reads in the float model and in the
-contender; ``drop`` is what is lost on the task, through the file; and for each shape and number of threads all are timed
-interleaved, round by round in an order by chance. torchao's modules, which no other process can open, are made here.
+``prepare`` writes the job folder (``tools/job.py``) of a model. ``measure`` opens the files of all tools in one
+process: ``cosine`` is the mean, over evaluation rows, of that between what the last layer reads in the float model and
+in the contender; ``drop`` is what is lost on the task, through the file; and for each shape and number of threads all
+are timed interleaved, round by round in an order by chance. torchao's modules, which no other process can open, are
+made here.
 
 What is measured is kept, a file a figure, and not measured again by a run over the same files.
 """

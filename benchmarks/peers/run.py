@@ -3,14 +3,14 @@
     python benchmarks/peers/run.py quantization [--model zoo:minilm-reviews] [--threads 1,2] [-o result.json] [--quick]
     python benchmarks/peers/run.py pruning …            the options of pruning.py, in the environment made here
 
-``quantization`` makes an environment for each peer below ``--cache`` (``environments.py``), has every tool quantize the
-same float model with the same calibration rows there (``tools/``), and then measures all files interleaved in one process
-(``quantization.py``). What is done is kept there and not done again: environments, files, and every figure. Whoever is
-killed starts the same command again. The result is one JSON document, with the versions and the machine, of which
-``page.py`` makes docs/benchmarks.md.
+``quantization`` makes an environment for each peer below ``--cache`` (``environments.py``), has every tool quantize
+the same float model with the same calibration rows there (``tools/``), and then measures all files interleaved in one
+process (``quantization.py``). What is done is kept there and not done again: environments, files, and every figure.
+Whoever is killed starts the same command again. The result is one JSON document, with the versions and the machine, of
+which ``page.py`` makes docs/benchmarks.md.
 
-``--quick`` goes through all of it with few settings, rows and rounds: a check of the harness, whose figures mean nothing.
-Nothing but edgepress's own folder is needed to start: what is imported here is the standard library's.
+``--quick`` goes through all of it with few settings, rows and rounds: a check of the harness, whose figures mean
+nothing. Nothing but edgepress's own folder is needed to start: what is imported here is the standard library's.
 """
 
 from __future__ import annotations
