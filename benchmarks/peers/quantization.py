@@ -108,7 +108,8 @@ def contenders(job: Path, folders: Iterable[Path], also: Iterable[str]) -> list[
     """Of all files that the tools have made, the float model first, and of the artifacts ``also``, NAME=FOLDER each."""
     inner = penultimate(onnx.load(job / "float" / "model.onnx"))
     of_traced = penultimate(onnx.load(job / "traced" / "model.onnx"))
-    found = []
+    base = open_artifact(job / "float")
+    found = [Contender("float", "edgepress", "onnx", base.model_file, inner, base.manifest.session.disabled_optimizers)]
     for folder in folders:
         tool = folder.name.partition("-")[0]
         for one in json.loads((folder / "contenders.json").read_text(encoding="utf-8"))["contenders"]:
@@ -120,7 +121,7 @@ def contenders(job: Path, folders: Iterable[Path], also: Iterable[str]) -> list[
         runtime, disabled = artifact.manifest.runtime, artifact.manifest.session.disabled_optimizers
         read = penultimate(onnx.load(artifact.model_file)) if runtime == "onnx" else inner  # named alike
         found.append(Contender(name, "edgepress", runtime, artifact.model_file, read, disabled))
-    return sorted(found, key=lambda one: one.name != "float")
+    return found
 
 
 # ---- what they keep

@@ -25,7 +25,6 @@ def tool(job: Job, made: Made) -> None:
     calibration = whole.data.calibration.take(job.facts["rows"])  # those of rows.npz
     workload = replace(whole, data=replace(whole.data, calibration=calibration))
     base = open_artifact(job.float_model.parent)
-    made.add("float", "onnx", job.float_model, disabled=base.manifest.session.disabled_optimizers)
     for name, options in SETTINGS.items():
         if job.facts["quick"] and options:
             continue
