@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 RUNTIMES = ("torch==", "onnxruntime==", "openvino==")
 """The constraints that hold for everyone; the other versions of a peer are its own."""
 
@@ -26,6 +26,8 @@ class Needs:
     """Whose versions go into the result."""
     constrained: bool = False
     """By all of ``constraints.txt``, as edgepress itself is."""
+    without: tuple[str, ...] = ()
+    """What comes along unused, and where it does not fit the build of torch keeps the tool from being imported."""
 
 
 OURS = "edgepress"
@@ -36,8 +38,12 @@ PEERS = {
     "onnxruntime": Needs(("onnxruntime", "onnx", "sympy"), ("onnxruntime", "onnx")),
     "nncf": Needs(("nncf", "openvino"), ("nncf", "openvino")),
     "olive": Needs(("olive-ai", "onnxruntime", "torch", "requests"), ("olive-ai", "onnxruntime")),
-    "optimum_onnx": Needs(("optimum-onnx[onnxruntime]",), ("optimum", "optimum-onnx", "onnxruntime")),
-    "optimum_intel": Needs(("optimum-intel[openvino,nncf]",), ("optimum", "optimum-intel", "nncf", "openvino")),
+    "optimum_onnx": Needs(("optimum-onnx[onnxruntime]", "datasets"), ("optimum", "optimum-onnx", "onnxruntime")),
+    "optimum_intel": Needs(
+        ("optimum-intel[openvino,nncf]",),
+        ("optimum", "optimum-intel", "nncf", "openvino"),
+        without=("torchvision",),
+    ),
 }
 """By the name of the file in ``tools/`` that runs there. torchao's module is timed beside the files of all others, and
 so lives where edgepress does."""
@@ -68,7 +74,7 @@ def prepare(name: str, folder: Path) -> Environment:
     python, done = place / "bin" / "python", place / "installed.json"
     pins = folder / "constraints.txt"
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    wanted = digest(needs.packages, lines, sys.version)
+    wanted = digest(needs.packages, needs.without, lines, sys.version)
     if done.exists() and (known := json.loads(done.read_text(encoding="utf-8")))["wanted"] == wanted:
         return Environment(name, python, known["versions"])
     print(f"{name}: installing {' '.join(needs.packages)}", file=sys.stderr, flush=True)
@@ -82,6 +88,8 @@ def prepare(name: str, folder: Path) -> Environment:
         why = errors[0].removeprefix("ERROR: ") if errors else f"pip ended with {came.returncode}"
         print(f"{name}: not installed, {why}", file=sys.stderr, flush=True)
         return Environment(name, None, why=why)
+    if needs.without:
+        _run(str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *needs.without)
     listed = json.loads(_run(str(python), "-m", "pip", "list", "--format", "json").stdout)
     versions = {one["name"].lower(): one["version"] for one in listed}
     told = {package: versions[package] for package in needs.told}

@@ -84,8 +84,8 @@ def quantization(options: argparse.Namespace) -> None:
         out = work / f"{environment.name}-{digest(environment.digest(), _code(environment.name))}"
         if not (out / "contenders.json").exists():
             print(f"{environment.name}: makes its files", file=sys.stderr, flush=True)
-            if _run(_python(environment), cache, f"{HERE}.tools.{environment.name}", str(job), str(out)):
-                failed.append({"tool": environment.name, "why": "it ended with an error when it was run"})
+            if why := _error(_python(environment), cache, f"{HERE}.tools.{environment.name}", str(job), str(out)):
+                failed.append({"tool": environment.name, "why": why})
                 continue
         missed = json.loads((out / "contenders.json").read_text(encoding="utf-8"))["failed"]
         failed += [{"tool": environment.name, "name": name, "why": why} for name, why in missed.items()]
@@ -137,16 +137,32 @@ def _code(name: str) -> str:
     return digest([path.read_text(encoding="utf-8") for path in files])
 
 
-def _run(python: Path, cache: Path, module: str, *arguments: str) -> int:
-    """Run a module of the package as it is here, whatever the folder is called; the exit status."""
-    source = cache / "source"
+def _start(python: Path, cache: Path, module: str, *arguments: str, stderr: int | None = None) -> subprocess.Popen[str]:
+    """Run a module of the package as it is here, whatever the folder is called."""
+    source = cache.resolve() / "source"
     source.mkdir(parents=True, exist_ok=True)
     link = source / "edgepress"
     if link.resolve() != ROOT:
         link.unlink(missing_ok=True)
         link.symlink_to(ROOT, target_is_directory=True)
     own = {**os.environ, "PYTHONPATH": str(source)}
-    return subprocess.run([python, "-m", module, *arguments], env=own, check=False).returncode  # noqa: S603 # ours
+    command = [str(python), "-m", module, *arguments]
+    return subprocess.Popen(command, env=own, stderr=stderr, text=True)  # noqa: S603
+
+
+def _run(python: Path, cache: Path, module: str, *arguments: str) -> int:
+    """The exit status."""
+    return _start(python, cache, module, *arguments).wait()
+
+
+def _error(python: Path, cache: Path, module: str, *arguments: str) -> str:
+    """The last line that it says where it fails, and nothing where it does not; what it says is passed on."""
+    process, last = _start(python, cache, module, *arguments, stderr=subprocess.PIPE), ""
+    assert process.stderr is not None
+    for line in process.stderr:
+        print(line, end="", file=sys.stderr, flush=True)
+        last = line.strip() or last
+    return last or "it ended without a word" if process.wait() else ""
 
 
 if __name__ == "__main__":
