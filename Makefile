@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 EDITABLE ?=
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint peers clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/edgepress compress zoo:minilm-reviews --target cpu --max-drop 1% -o runs/demo
@@ -19,6 +19,14 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p edgepress
+
+peers: $(VENV)/.installed
+	for model in minilm-reviews vit-fashion; do \
+	    $(VENV)/bin/python benchmarks/peers/run.py quantization --model zoo:$$model \
+	        -o benchmarks/results/quantization-peers-$$model.json || exit 1; \
+	done
+	$(VENV)/bin/python benchmarks/peers/run.py pruning --speedups 2 --seeds 1 -o runs/pruning-peers.jsonl
+	$(VENV)/bin/python benchmarks/peers/page.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

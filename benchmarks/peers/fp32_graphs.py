@@ -20,12 +20,11 @@ import edgepress as ep
 import onnx
 import torch
 from edgepress.benchmarks import compare, load
+from edgepress.benchmarks.peers.tools.onnxruntime import fuse
 from edgepress.export import artifact as artifacts
 from edgepress.export.artifact import Artifact
 from edgepress.export.backends import onnx as backend
 from edgepress.models.workload import Workload
-from onnxruntime.transformers import optimizer
-from onnxruntime.transformers.fusion_options import FusionOptions
 
 
 def traced(workload: Workload, path: Path) -> None:
@@ -47,15 +46,9 @@ def traced(workload: Workload, path: Path) -> None:
 
 def fused(workload: Workload, source: Path, path: Path) -> None:
     """``source`` with the fusions of onnxruntime.transformers."""
-    result = optimizer.optimize_model(
-        str(source),
-        model_type="vit" if workload.structure.family == "vit" else "bert",
-        num_heads=workload.structure.of_kind("head")[0].count,
-        hidden_size=workload.structure.hidden_size,
-        optimization_options=FusionOptions("bert"),
-        opt_level=0,
-    )
-    result.save_model_to_file(str(path))
+    structure = workload.structure
+    num_heads = structure.of_kind("head")[0].count
+    fuse(source, path, family=structure.family, num_heads=num_heads, hidden_size=structure.hidden_size)
 
 
 def variant(like: Artifact, name: str, graph: Path) -> Artifact:

@@ -1,27 +1,25 @@
-"""Post-training quantization: edgepress, ONNX Runtime's tools, NNCF on OpenVINO, and torchao, on one machine.
+"""The two ends of the comparison of quantizers: the job that every tool is given, and the figures of what came back.
 
-    python benchmarks/peers/quantization.py [--model zoo:minilm-reviews] [--shapes 1x32,1x128,8x32,8x128]
-        [--threads 1,2] [--also NAME=FOLDER] [-o result.json]        with nncf, openvino and, if any, torchao installed
-    python benchmarks/peers/quantization.py --model zoo:vit-fashion --shapes 1,8    images: how many at a time
+    python benchmarks/peers/run.py quantization …       does all of it; see there
 
-Every contender gets the same float model and the same calibration rows. For each shape and number of threads all of
-them are measured in one process, interleaved round by round. ``cosine`` is the mean, over evaluation rows, of that
-between what the last layer reads in the float model and in the contender; ``drop`` is what is lost on the task, through
-the file. ``--also`` takes an artifact of the same model that is pruned too. The tools of ONNX Runtime are given the
-graph that they do best on: exported by tracing, with eager attention.
+``prepare`` writes the job folder (``tools/job.py``) of a model. ``measure`` opens the files of all tools in one
+process: ``cosine`` is the mean, over evaluation rows, of that between what the last layer reads in the float model and
+in the contender; ``drop`` is what is lost on the task, through the file; and for each shape and number of threads all
+are timed interleaved, round by round in an order by chance. torchao's modules, which no other process can open, are
+made here.
 
-Peers: onnxruntime.quantization (quantize_dynamic, quantize_static), onnxruntime.transformers, nncf.quantize, and
-torchao.quantization.quantize_ in PyTorch, eager and compiled.
+What is measured is kept, a file a figure, and not measured again by a run over the same files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +27,35 @@ import edgepress as ep
 import numpy as np
 import onnx
 import torch
+from edgepress import files
 from edgepress.benchmarks import compare, load, runner
 from edgepress.benchmarks.environment import fingerprint
 from edgepress.benchmarks.measurement import Measurement
-from edgepress.benchmarks.peers.fp32_graphs import fused, traced
+from edgepress.benchmarks.peers.fp32_graphs import traced
+from edgepress.benchmarks.peers.tools.job import slug
 from edgepress.benchmarks.peers.torch_int8 import TorchContender, of_torchao
-from edgepress.compress import quantize as quantizers
 from edgepress.export.artifact import Artifact, open_artifact
-from edgepress.export.backends import onnx as backend
-from edgepress.export.backends import openvino as openvino_backend
 from edgepress.models import metrics
 from edgepress.models.workload import Workload
 from numpy.typing import NDArray
 
 Feeds = dict[str, NDArray[Any]]
+TRACED = {"onnxruntime", "olive", "optimum_onnx"}
+"""The tools that start from the traced graph, where values have other names."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A file, the runtime that it is for, and what the runtime is told."""
+    """A file, the runtime that it is for, what the runtime is told, and the value that its last layer reads."""
 
     name: str
+    tool: str
     runtime: str
     model: Path
+    inner: str
     disabled: tuple[str, ...] = ()
+    seconds: float | None = None
+    """That it took to make it."""
 
     def job(self) -> dict[str, Any]:
         return {"runtime": self.runtime, "model": str(self.model), "disabled_optimizers": list(self.disabled)}
@@ -65,104 +68,60 @@ class Contender:
         return runner.open_model(self.job(), threads, feeds)
 
 
+# ---- the job
+
+
+def prepare(model: str, folder: Path, *, rows: int, quick: bool) -> None:
+    """Write the job of ``model`` into ``folder``, unless it is there."""
+    if (folder / "job.json").exists():
+        return
+    workload = ep.load(model)
+    if not (folder / "float").exists():
+        ep.export(workload, folder / "float")
+    (folder / "traced").mkdir(parents=True, exist_ok=True)
+    traced(workload, folder / "traced" / "model.onnx")
+    sample = workload.data.calibration.take(rows)
+    arrays = {
+        f"{row}/{name}": tensor.numpy()
+        for row, batch in enumerate(sample.batches(1))
+        for name, tensor in batch.inputs.items()
+    }
+    np.savez(folder / "rows.npz", **arrays)  # type: ignore[arg-type] # numpy's stub takes the arrays for its own option
+    heads = workload.structure.of_kind("head")
+    facts = {
+        "model": model,
+        "rows": len(sample),
+        "quick": quick,
+        "inputs": list(workload.input_axes),
+        "family": workload.structure.family,
+        "num_heads": heads[0].count if heads else 0,
+        "hidden_size": workload.structure.hidden_size,
+        "config": dict(workload.skeleton.config),
+    }
+    files.write_text(folder / "job.json", json.dumps(facts, default=str) + "\n")  # last: it says that all is there
+
+
 # ---- the contenders
 
 
-def calibration(workload: Workload, rows: int, length: int | None = None) -> Iterator[Feeds]:
-    """One row after the other, as long as it is, or cut and padded to ``length``."""
-    taken = workload.data.calibration.take(rows)
-    for batch in taken.batches(1):
-        feeds = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
-        if length and "input_ids" in feeds:
-            feeds = {n: np.pad(a[:, :length], ((0, 0), (0, max(0, length - a.shape[1])))) for n, a in feeds.items()}
-        yield feeds
-
-
-def of_onnxruntime(workload: Workload, folder: Path, rows: int) -> Iterator[Contender]:
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
-    from onnxruntime.quantization.calibrate import CalibrationDataReader
-
-    class Rows(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self, length: int | None) -> None:
-            self.feeds = calibration(workload, rows, length)
-
-        def get_next(self) -> Feeds | None:
-            return next(self.feeds, None)
-
-    def place(name: str) -> Path:
-        made = folder / name.replace(" ", "-").replace(",", "") / "model.onnx"
-        made.parent.mkdir(parents=True)
-        return made
-
-    graphs = {"traced": place("traced")}
-    traced(workload, graphs["traced"])
-    if workload.structure.of_kind("head"):
-        graphs["fused"] = place("fused")
-        fused(workload, graphs["traced"], graphs["fused"])
-    for graph, source in graphs.items():
-        for per_channel in (False, True):
-            name = f"ORT dynamic, {graph}, per {'channel' if per_channel else 'tensor'}"
-            path = place(name)
-            # shape inference ends at operators outside the standard, as the fused graph has
-            more = {"DefaultTensorType": onnx.TensorProto.FLOAT}
-            quantize_dynamic(source, path, per_channel=per_channel, weight_type=QuantType.QInt8, extra_options=more)
-            yield Contender(name, "onnx", path)
-            if graph == "traced" and per_channel:  # what one switch of the runtime gives
-                yield Contender(f"{name}, no skip-LayerNorm", "onnx", path, ("SkipLayerNormFusion",))
-    products = ["MatMul", "Gemm"]
-    for method in ("MinMax", "Percentile", "Entropy"):
-        for operators in (products, None) if method == "MinMax" else (products,):
-            name = f"ORT static, {method}, {'products' if operators else 'all operators'}"
-            path = place(name)
-            try:
-                quantize_static(
-                    graphs["traced"],
-                    path,
-                    # the histograms of percentile and entropy fail on lengths that vary
-                    Rows(None if method == "MinMax" else 128),
-                    quant_format=QuantFormat.QDQ,
-                    op_types_to_quantize=operators,
-                    per_channel=True,
-                    activation_type=QuantType.QUInt8,
-                    weight_type=QuantType.QInt8,
-                    calibrate_method=getattr(CalibrationMethod, method),
-                )
-            except Exception as error:  # a peer that fails is a line of the table
-                print(f"{name}: failed, {str(error).splitlines()[0]}", flush=True)
-                continue
-            yield Contender(name, "onnx", path)
-
-
-def of_openvino(workload: Workload, base: Artifact, folder: Path, rows: int) -> Iterator[Contender]:
-    import nncf
-    import openvino
-
-    def place(name: str, model: Any) -> Contender:
-        path = folder / name.replace(" ", "-").replace(",", "") / "model.xml"
-        openvino.save_model(model, path, compress_to_fp16=False)
-        return Contender(name, "openvino", path)
-
-    yield place("OpenVINO float", openvino.convert_model(base.model_file))
-    for name, kind in (("NNCF", None), ("NNCF, transformer", nncf.ModelType.TRANSFORMER)):
-        data = nncf.Dataset(list(calibration(workload, rows)))
-        model = openvino.convert_model(base.model_file)
-        yield place(name, nncf.quantize(model, data, model_type=kind, subset_size=rows))
-
-
-def of_edgepress(workload: Workload, base: Artifact, folder: Path, rows: int) -> Iterator[Contender]:
-    settings: Mapping[str, dict[str, Any]] = {
-        "int8-dynamic": {},
-        "int8": {"rows": rows},
-        "int8, folded": {"rows": rows, "smooth": "folded"},
-        "int8, mse": {"rows": rows, "observer": "mse"},
-    }
-    for name, options in settings.items():
-        plan = quantizers.quantize(workload, name.split(",", maxsplit=1)[0], **options)
-        written = backend.write(workload, plan, folder / name.replace(", ", "-"), base=base)
-        yield Contender(f"edgepress {name}", "onnx", written.model_file, written.manifest.session.disabled_optimizers)
-        if name == "int8":  # the same plan on the other runtime
-            written = openvino_backend.write(workload, plan, folder / f"{name}-openvino", base=base)
-            yield Contender(f"edgepress {name}, OpenVINO", "openvino", written.model_file)
+def contenders(job: Path, folders: Iterable[Path], also: Iterable[str]) -> list[Contender]:
+    """Of all files that the tools have made, the float model first, and of the artifacts ``also``, NAME=FOLDER each."""
+    inner = penultimate(onnx.load(job / "float" / "model.onnx"))
+    of_traced = penultimate(onnx.load(job / "traced" / "model.onnx"))
+    base = open_artifact(job / "float")
+    found = [Contender("float", "edgepress", "onnx", base.model_file, inner, base.manifest.session.disabled_optimizers)]
+    for folder in folders:
+        tool = folder.name.partition("-")[0]
+        for one in json.loads((folder / "contenders.json").read_text(encoding="utf-8"))["contenders"]:
+            read = of_traced if tool in TRACED else inner
+            path, disabled = (folder / one["model"]).resolve(), tuple(one["disabled"])
+            found.append(Contender(one["name"], tool, one["runtime"], path, read, disabled, one["seconds"]))
+    for name, _, made in (one.partition("=") for one in also):
+        artifact = open_artifact(Path(made))
+        runtime, disabled = artifact.manifest.runtime, artifact.manifest.session.disabled_optimizers
+        read = penultimate(onnx.load(artifact.model_file)) if runtime == "onnx" else inner  # named alike
+        found.append(Contender(name, "edgepress", runtime, artifact.model_file, read, disabled))
+    return found
 
 
 # ---- what they keep
@@ -178,21 +137,21 @@ def penultimate(graph: onnx.ModelProto) -> str:
     return str(node.input[0])
 
 
-def opened(contender: Contender | TorchContender, inner: str, threads: int) -> Callable[[Feeds], list[NDArray[Any]]]:
-    """What runs a contender and also returns the value ``inner``."""
+def opened(contender: Contender | TorchContender, threads: int) -> Callable[[Feeds], list[NDArray[Any]]]:
+    """What runs a contender and also returns what its last layer reads."""
     if isinstance(contender, TorchContender):
         return contender.read()
     if contender.runtime == "openvino":
         import openvino
 
         model = openvino.Core().read_model(contender.model)
-        model.add_outputs(inner)
+        model.add_outputs(contender.inner)
         compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads})
         return lambda feeds: list(compiled(feeds).values())
     import onnxruntime
 
     graph = onnx.load(contender.model)
-    graph.graph.output.append(onnx.helper.make_tensor_value_info(inner, onnx.TensorProto.FLOAT, None))
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(contender.inner, onnx.TensorProto.FLOAT, None))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(
@@ -201,32 +160,41 @@ def opened(contender: Contender | TorchContender, inner: str, threads: int) -> C
     return lambda feeds: session.run(None, feeds)
 
 
-def quality(
-    workload: Workload, contenders: Sequence[Contender | TorchContender], inners: Sequence[str]
-) -> list[dict[str, float]]:
-    """The cosine to the first contender and the drop from it, of each; rows are batched with others as long."""
-    data, results, first = workload.data, [], None
-    for contender, inner in zip(contenders, inners, strict=True):
-        run = opened(contender, inner, torch.get_num_threads())
-        read: list[NDArray[Any]] = []
+def answered(workload: Workload, contender: Contender | TorchContender) -> tuple[Any, NDArray[Any]]:
+    """The answers to all evaluation rows, and what the last layer read, [rows, values]; rows go with others as long."""
+    run = opened(contender, torch.get_num_threads())
+    read: list[NDArray[Any]] = []
 
-        def answer(feeds: Feeds, run: Any = run, read: list[Any] = read) -> list[NDArray[Any]]:
-            logits, value = run(feeds)
-            read.append(value.reshape(len(logits), -1))
-            return [logits]
+    def answer(feeds: Feeds) -> list[NDArray[Any]]:
+        logits, value = run(feeds)
+        read.append(value.reshape(len(logits), -1))
+        return [logits]
 
-        answers = metrics.session_answers(answer, workload)
-        values = np.concatenate(read)
-        first = first or (answers, values)
-        lengths = np.linalg.norm(values, axis=1) * np.linalg.norm(first[1], axis=1)
+    return metrics.session_answers(answer, workload), np.concatenate(read)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Holds contenders against the float model on the evaluation rows."""
+
+    workload: Workload
+    original: Contender
+
+    @cached_property
+    def answers(self) -> tuple[Any, NDArray[Any]]:
+        return answered(self.workload, self.original)
+
+    def quality(self, contender: Contender | TorchContender) -> dict[str, float]:
+        answers, values = self.answers if contender is self.original else answered(self.workload, contender)
+        data, then = self.workload.data, self.answers[1]
+        lengths = np.linalg.norm(values, axis=1) * np.linalg.norm(then, axis=1)
         wanted = metrics.wanted(data.evaluation, data.metric)
-        judged = metrics.quality(data.metric, answers, wanted, original=first[0])
-        cosine = float(np.mean((values * first[1]).sum(axis=1) / lengths))
-        results.append({"cosine": cosine, "value": judged.value, "drop": judged.drop or 0.0})
-    return results
+        judged = metrics.quality(data.metric, answers, wanted, original=self.answers[0])
+        cosine = float(np.mean((values * then).sum(axis=1) / lengths))
+        return {"cosine": cosine, "value": judged.value, "drop": judged.drop or 0.0}
 
 
-# ---- the table
+# ---- the figures
 
 
 def timed(  # noqa: PLR0917
@@ -261,23 +229,14 @@ def timed(  # noqa: PLR0917
     ]
 
 
-def table(document: Mapping[str, Any]) -> str:
-    """The result as Markdown: a line for each contender, and of each shape its speedup with the interval."""
-    shapes = list(dict.fromkeys((row["threads"], row["batch"], row["sequence"]) for row in document["rows"]))
-    heads = [
-        f"{threads} thread{'s' * (threads > 1)}, {batch}{f' x {length}' if length else ''}"
-        for threads, batch, length in shapes
-    ]
-    lines = [f"| | MB | cosine | points lost | {' | '.join(heads)} |", "|" + " --- |" * (4 + len(heads))]
-    rows = {(row["name"], (row["threads"], row["batch"], row["sequence"])): row["speedup"] for row in document["rows"]}
-    for one in document["contenders"]:
-        faster = [rows[one["name"], shape] for shape in shapes]
-        shown = [
-            f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "1" for ratio in faster
-        ]
-        kept = f"{one['size_bytes'] / 1e6:.1f} | {one['cosine']:.4f} | {one['drop']:+.2f}"
-        lines.append(f"| {one['name']} | {kept} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+def rows_of(taken: Sequence[Measurement], threads: int, batch: int, sequence: int) -> list[dict[str, Any]]:
+    """A row for each contender; speedups are over the first."""
+    rows: list[dict[str, Any]] = []
+    for one in taken:
+        faster = compare.speedup(taken[0], one) if one is not taken[0] else None
+        row = {"name": one.name, "threads": threads, "batch": batch, "sequence": sequence}
+        rows.append({**row, "p50": one.p50, "n": len(one.samples), "speedup": faster.to_json() if faster else None})
+    return rows
 
 
 def sizes(text: str, *, texts: bool) -> list[tuple[int, int]]:
@@ -291,78 +250,103 @@ def sizes(text: str, *, texts: bool) -> list[tuple[int, int]]:
     return found
 
 
-def everyone(
-    workload: Workload, base: Artifact, folder: Path, options: argparse.Namespace
-) -> tuple[list[Contender | TorchContender], list[str]]:
-    """The contenders, the float model first, and the name of what the last layer reads in each one's file."""
-    inner = penultimate(onnx.load(base.model_file))
-    contenders: list[Contender | TorchContender] = [Contender("float", "onnx", base.model_file)]
-    contenders += of_edgepress(workload, base, folder, options.rows)
-    contenders += of_openvino(workload, base, folder, options.rows)
-    try:
-        contenders += of_torchao(workload, folder)
-    except ImportError as error:
-        print(f"torchao: not installed ({error})", flush=True)
-    inners = [inner] * len(contenders)
-    for name, _, made in (one.partition("=") for one in options.also):
-        artifact = open_artifact(Path(made))
-        runtime, disabled = artifact.manifest.runtime, artifact.manifest.session.disabled_optimizers
-        contenders.append(Contender(name, runtime, artifact.model_file, disabled))
-        inners.append(penultimate(onnx.load(artifact.model_file)) if runtime == "onnx" else inner)  # named alike
-    if not options.no_ort_tools:
-        peers = list(of_onnxruntime(workload, folder, options.rows))
-        inners += [penultimate(onnx.load(folder / "traced" / "model.onnx"))] * len(peers)
-        contenders += peers
-    return contenders, inners
+# ---- all of it
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Figures by name, each in a file below ``folder``."""
+
+    folder: Path
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        path = self.folder / f"{slug(name)}.json"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, json.dumps(make()) + "\n")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def measure(job: Path, folders: Sequence[Path], options: argparse.Namespace) -> dict[str, Any]:
+    """The document of all contenders' figures: those that are kept, and the missing ones measured."""
+    workload = ep.load(json.loads((job / "job.json").read_text(encoding="utf-8"))["model"])
+    evaluation = workload.data.evaluation.take(options.evaluation)
+    workload = replace(workload, data=replace(workload.data, evaluation=evaluation))
+    base, kept = open_artifact(job / "float"), Kept(options.kept)
+    found: list[Contender | TorchContender] = list(contenders(job, folders, options.also))
+    failed: list[dict[str, str]] = []
+    if not options.no_torchao:
+        try:
+            found += of_torchao(workload, job)
+        except (ImportError, RuntimeError) as error:
+            failed.append({"tool": "torchao", "why": str(error)})
+    original = found[0]
+    assert isinstance(original, Contender)
+    judge, told, entered = Judge(workload, original), [], []
+    for contender in found:
+        try:
+            figures = kept.get(f"quality {contender.name}", lambda: judge.quality(contender))  # noqa: B023
+        except Exception as error:  # a file that does not run is a line of the result
+            failed.append({"tool": contender.tool, "name": contender.name, "why": str(error).splitlines()[0]})
+            continue
+        entered.append(contender)
+        facts = {"name": contender.name, "tool": contender.tool, "runtime": contender.runtime}
+        told.append({**facts, "size_bytes": contender.size_bytes, "seconds": contender.seconds, **figures})
+        say(f"{contender.name:52} {contender.size_bytes / 1e6:7.1f} MB  {figures}")
+    document: dict[str, Any] = {"contenders": told, "failed": failed, "rows": []}
+    texts = any(axis.name == "sequence" for of in workload.input_axes.values() for axis in of.values())
+    shapes = sizes(options.shapes or ("1x32,1x128,8x32,8x128" if texts else "1,8"), texts=texts)
+    cells = [(int(threads), *shape) for threads in options.threads.split(",") for shape in shapes]
+    for number, (threads, batch, sequence) in enumerate(cells, 1):
+        say(f"cell {number} of {len(cells)}: {threads} threads, {batch} x {sequence}")
+
+        def cell(threads: int = threads, batch: int = batch, sequence: int = sequence) -> Any:
+            taken = timed(entered, base, (batch, sequence or 1), threads, options.queries, options.seconds)
+            return {
+                "rows": rows_of(taken, threads, batch, sequence),
+                "environment": dict(taken[0].environment),
+            }
+
+        measured = kept.get(f"time {threads} {batch} {sequence} {options.queries} {options.seconds}", cell)
+        document["rows"] += measured["rows"]
+        document["environment"] = measured["environment"]
+        for row in measured["rows"]:
+            ratio = f"{row['speedup']['value']:.2f}x" if row["speedup"] else "1.00x"
+            say(f"{row['p50']:8.3f} ms {ratio}  {row['name']}")
+    return document
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="zoo:minilm-reviews")
-    parser.add_argument("--shapes", help="batch x tokens; of images batches alone (1x32,1x128,8x32,8x128; 1,8)")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--rows", type=int, default=128, help="of calibration")
-    parser.add_argument("--evaluation", type=int, default=1000)
-    parser.add_argument("--queries", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each contender at each shape, at most")
-    parser.add_argument("--no-ort-tools", action="store_true", help="leave out what ONNX Runtime's tools make")
-    parser.add_argument("--also", metavar="NAME=FOLDER", action="append", default=[], help="an artifact, measured too")
-    parser.add_argument("-o", "--out", type=Path)
-    parser.add_argument("--table", type=Path, help="print the Markdown of this result, and measure nothing")
+    commands = parser.add_subparsers(dest="command", required=True)
+    first = commands.add_parser("prepare")
+    first.add_argument("job", type=Path)
+    first.add_argument("--model", required=True)
+    first.add_argument("--rows", type=int, required=True)
+    first.add_argument("--quick", action="store_true")
+    second = commands.add_parser("measure")
+    second.add_argument("job", type=Path)
+    second.add_argument("folders", type=Path, nargs="+", help="of the tools, called TOOL-DIGEST")
+    second.add_argument("--kept", type=Path, required=True, help="where figures are kept")
+    second.add_argument("--shapes")
+    second.add_argument("--threads", required=True)
+    second.add_argument("--evaluation", type=int, required=True)
+    second.add_argument("--queries", type=int, required=True)
+    second.add_argument("--seconds", type=float, required=True)
+    second.add_argument("--also", action="append", default=[])
+    second.add_argument("--no-torchao", action="store_true")
+    second.add_argument("-o", "--out", type=Path, required=True)
     options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
-        return
     warnings.simplefilter("ignore")
-
-    workload = ep.load(options.model)
-    texts = any(axis.name == "sequence" for of in workload.input_axes.values() for axis in of.values())
-    shapes = sizes(options.shapes or ("1x32,1x128,8x32,8x128" if texts else "1,8"), texts=texts)
-    evaluation = workload.data.evaluation.take(options.evaluation)
-    workload = replace(workload, data=replace(workload.data, evaluation=evaluation))
-    document: dict[str, Any] = {"model": options.model, "contenders": [], "rows": []}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        base = ep.export(workload, folder / "base")
-        contenders, inners = everyone(workload, base, folder, options)
-        kept = quality(workload, contenders, inners)
-        for contender, figures in zip(contenders, kept, strict=True):
-            document["contenders"].append({"name": contender.name, "size_bytes": contender.size_bytes, **figures})
-            print(f"{contender.name:52} {contender.size_bytes / 1e6:7.1f} MB  {figures}", flush=True)
-        for threads in map(int, options.threads.split(",")):
-            for batch, sequence in shapes:
-                shape = f"{batch}x{sequence}" if sequence else str(batch)
-                taken = timed(contenders, base, (batch, sequence or 1), threads, options.queries, options.seconds)
-                for one in taken:
-                    faster = compare.speedup(taken[0], one) if one is not taken[0] else None
-                    row: dict[str, Any] = {"name": one.name, "threads": threads, "batch": batch, "sequence": sequence}
-                    row |= {"p50": one.p50, "speedup": faster.to_json() if faster else None}
-                    document["rows"].append(row)
-                    ratio = f"{faster.value:.2f}x" if faster else "1.00x"
-                    print(f"{threads} threads {shape:6} {one.p50:8.3f} ms {ratio}  {one.name}", flush=True)
-                document["environment"] = dict(taken[0].environment)
-                if options.out:
-                    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if options.command == "prepare":
+        prepare(options.model, options.job, rows=options.rows, quick=options.quick)
+        return
+    document = measure(options.job, options.folders, options)
+    files.write_text(options.out, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

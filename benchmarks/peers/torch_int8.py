@@ -29,7 +29,9 @@ class TorchContender:
     module: nn.Module
     model: Path
     compiled: bool
+    tool: str = "torchao"
     runtime: str = "torch"
+    seconds: float | None = None
 
     @property
     def size_bytes(self) -> int:

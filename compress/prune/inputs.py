@@ -16,6 +16,8 @@ from ...models.workload import Progress, Workload
 from ..score.readers import Moments, Seen
 
 BATCH = 32
+TOKENS = 2048
+"""Of a batch at most, padding included, so that a layer's inputs take no more memory with long rows than with short."""
 
 
 def linear_layers(workload: Workload) -> list[str]:
@@ -69,14 +71,15 @@ def visit(
     for name in names:
         hook = _hook(seen, name, site_of(workload, name), see)
         handles.append(workload.module.get_submodule(name).register_forward_pre_hook(hook))
-    batches = -(-len(sample) // BATCH)
+    done = 0
     try:
         with torch.no_grad():
-            for done, batch in enumerate(sample.batches(BATCH), 1):
+            for batch in sample.batches(BATCH, tokens=TOKENS):
                 seen.inputs = batch.inputs
                 workload.forward(batch.inputs)
+                done += len(batch.rows)
                 if progress:
-                    progress(done, batches, "batches seen")
+                    progress(done, len(sample), "rows seen")
     finally:
         for handle in handles:
             handle.remove()

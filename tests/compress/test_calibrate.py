@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edgepress.compress.prune import inputs
 from edgepress.compress.quantize.calibrate import BINS, OBSERVERS, SHARE, STEP, Histogram, ranges
 from edgepress.compress.quantize.choice import products
 from edgepress.errors import InputError, UsageError
@@ -194,6 +195,25 @@ def test_no_activation_outlives_its_batch(with_rows: Callable[..., Any]) -> None
     ranges(workload, products(workload), rows=200)
     handle.remove()
     assert len(given) > 6
+
+
+def test_a_batch_is_small_however_long_its_rows_are(
+    with_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What memory calibration takes goes with the tokens of a batch, padding included."""
+    monkeypatch.setattr(inputs, "TOKENS", 40)
+    workload = with_rows("bert")
+    sizes: list[tuple[int, int]] = []
+
+    def see(_: Any, __: Any, given: dict[str, Any]) -> None:
+        sizes.append(tuple(given["input_ids"].shape))
+
+    handle = workload.module.register_forward_pre_hook(see, with_kwargs=True)
+    inputs.visit(workload, inputs.linear_layers(workload)[:1], lambda *_: None, rows=60)
+    handle.remove()
+    assert sum(rows for rows, _ in sizes) == min(60, len(workload.data.calibration))
+    assert all(rows == 1 or rows * length <= 40 for rows, length in sizes)
+    assert max(rows for rows, _ in sizes) > 1
 
 
 def test_what_cannot_be_calibrated_is_said_in_a_sentence(with_rows: Callable[..., Any]) -> None:
