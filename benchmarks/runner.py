@@ -90,7 +90,8 @@ def alone() -> Iterator[None]:
 def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
     """What runs the artifact once on ``feeds``."""
     _, opener = RUNTIMES[artifact["runtime"]]
-    return opener(artifact, threads, feeds)
+    run: Callable[[], Any] = opener(artifact, threads, feeds)
+    return run
 
 
 def _of(runtime: str, name: str, *args: Any, **options: Any) -> Any:
