@@ -233,8 +233,8 @@ def test_a_host_returns_what_was_printed_and_says_why_it_failed(tmp_path: Path) 
             host.run(["python", "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
 
 
-def test_bench_has_scenarios(here: Any, workload: Any, tmp_path: Path) -> None:
-    artifact = ep.export(workload, tmp_path / "fp32").folder
+def test_bench_has_scenarios(here: Any, artifacts: Any) -> None:
+    artifact = artifacts[0].folder
     common = ("bench", artifact, artifact, "--target", "cpu:1", "--seq", 16, "--queries", 40)
     served = here(*common, "--scenario", "server", "--rate", 20, "--deadline", "1000s", "--json")
     assert served.returncode == 2
@@ -252,12 +252,12 @@ def test_bench_has_scenarios(here: Any, workload: Any, tmp_path: Path) -> None:
     assert document["environment"]["clock_overhead_ns"] > 0
     shown = here(*common, "--scenario", "offline", "--batch", 4)
     assert shown.returncode == 0, shown.stderr
-    assert len(re.findall(r"fp32: [\d,.]+ rows/s \[[\d,.]+, [\d,.]+\]", shown.stdout)) == 2
+    assert len(re.findall(r"tiny-bert: [\d,.]+ rows/s \[[\d,.]+, [\d,.]+\]", shown.stdout)) == 2
     assert re.search(r"timing a query takes \d+ ns itself, which is part of it", shown.stdout)
 
 
-def test_bench_ends_early(here: Any, workload: Any, tmp_path: Path) -> None:
-    artifact = ep.export(workload, tmp_path / "fp32").folder
+def test_bench_ends_early(here: Any, artifacts: Any) -> None:
+    artifact = artifacts[0].folder
     common = ("bench", artifact, "--target", "cpu:1", "--seq", 16, "--confidence-width")
     for width, said in (("1", "'1' is not such as 1%"), ("0%", "is not such as"), ("200%", "between 0 and 1")):
         refused = here(*common, width)

@@ -50,6 +50,16 @@ def test_artifacts_are_measured_over_there(there: Any, artifacts: list[Artifact]
     assert there.processes("device.py") == []
 
 
+def test_scenarios_work_over_there(there: Any, artifacts: list[Artifact]) -> None:
+    for options in ({"scenario": "offline"}, {"scenario": "server", "rate": 50.0, "deadline_ms": 9.0}):
+        first, second = load.benchmark(artifacts, target=there.target(), memory=False, **QUICK, **options)
+        assert len(first.samples) == len(second.samples) == 60
+        assert first.scenario == second.scenario == options["scenario"]
+        assert first.environment["clock_overhead_ns"] > 0
+        assert bool(first.loads) == (options["scenario"] == "server") == (first.within is not None)
+        assert ep.compare([first, second])[1]["speedup"]["value"] > 0
+
+
 def test_a_device_that_computes_something_else_is_an_error(
     there: Any, artifacts: list[Artifact], tmp_path: Path
 ) -> None:
