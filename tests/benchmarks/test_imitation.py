@@ -67,7 +67,8 @@ def test_more_threads_than_imitated_cpus_are_refused() -> None:
 
 
 def run(limits: dict[str, Any], *command: str) -> Any:
-    words = [sys.executable, imitate.__file__, json.dumps(limits), *command]
+    """Where no control group can be made, unless ``limits`` name another root."""
+    words = [sys.executable, imitate.__file__, json.dumps({"root": "/nowhere", **limits}), *command]
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -109,11 +110,18 @@ def test_another_failure_is_the_command_s_own() -> None:
 def test_a_cpu_that_there_is_not_is_refused() -> None:
     found = json.loads(run({"cpus": [CPU, 4000]}, "true").stdout)
     assert "CPU 4000 is not one of" in found["refused"]
-    with (
-        targets.connect(targets.parse("cpu:1")) as (host, _),
-        pytest.raises(UsageError, match="CPU 4000 is not one of"),
-    ):
-        Imitation((4000,)).run(host, str(imitation.SOURCE.parent), ["true"], None)
+
+
+def test_a_host_is_held_to_an_imitation() -> None:
+    place, greedy = str(imitation.SOURCE.parent), python("x = bytearray(200_000_000); print(1)")
+    ended = "in 100 MB on the imitated device: held by (RLIMIT_DATA it ended with 'MemoryError'|cgroup it was ended by)"
+    with targets.connect(targets.parse("cpu:1")) as (host, _):
+        with pytest.raises(UsageError, match="CPU 4000 is not one of"):
+            Imitation((4000,)).run(host, place, ["true"], None)
+        with pytest.raises(DoesNotFitError, match=ended):
+            Imitation((), 10**8).run(host, place, greedy, None)
+        assert Imitation((), 10**8).run(host, place, greedy, None, processes=4)[0] == 1
+        assert Imitation().run(host, place, greedy, None) == (1, None)
 
 
 def unified(root: Path, controllers: str) -> Path:
