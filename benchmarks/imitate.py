@@ -25,6 +25,8 @@ from typing import Any
 def main(limits: str, *command: str) -> int:
     wanted = json.loads(limits)
     cpus = set(wanted.get("cpus") or ())
+    if cpus and not hasattr(os, "sched_setaffinity"):
+        return tell(refused="its system cannot hold a process to some CPUs")
     if cpus:
         allowed = os.sched_getaffinity(0)
         if not cpus <= allowed:
