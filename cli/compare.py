@@ -14,7 +14,7 @@ import typer
 
 from ..errors import InputError, UsageError
 from ..files import write_text
-from .measure import measured, sweep_table
+from .measure import _measured, _numbers, _sweep_table
 from .options import Json, Seed, TargetsOption, Verbose
 from .screen import print_json
 
@@ -27,15 +27,15 @@ ENDINGS = {".txt": "table", ".md": "markdown", ".html": "html", ".htm": "html", 
 
 def compare(
     sources: Annotated[
-        list[Path], typer.Argument(help="Run folders, results.sqlite of sweeps, artifact folders to measure now.")
+        list[str], typer.Argument(help="Run folders, results.sqlite of sweeps, artifact folders to measure now.")
     ],
     target: TargetsOption = None,
     form: Annotated[
         str | None, typer.Option("--format", help="table, markdown, html, csv or json; by -o's ending, else table.")
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write instead of stdout.")] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Batch size for artifacts.", min=1)] = 1,
-    seq: Annotated[int, typer.Option("--seq", help="Sequence length for artifacts.", min=1)] = 128,
+    batch: Annotated[str, typer.Option("--batch", help="Of what is measured: batch sizes, 1,8.")] = "1",
+    seq: Annotated[str, typer.Option("--seq", help="Of what is measured: sequence lengths, 32,128.")] = "128",
     queries: Annotated[int, typer.Option("--queries", help="Runs of each artifact.", min=30)] = 1000,
     seconds: Annotated[float, typer.Option("--seconds", help="Or this long for each, whichever ends first.")] = 10.0,
     json_: Json = False,
@@ -44,46 +44,54 @@ def compare(
 ) -> None:
     """Any number of runs, sweeps, and artifacts measured now, side by side; what may not be compared is kept apart."""
     chosen = _form(form, out, json_)
-    artifacts = [path for path in sources if (path / "manifest.json").is_file()]
-    if target and not artifacts:
-        raise UsageError("--target is of artifacts, which are measured now, and none is given.")
-    if len(sources) == 1 and sources[0].suffix == ".sqlite" and chosen in {"table", "json"}:
-        _sweep(sources[0], out, chosen)
+    sweeps = [source for source in sources if source.endswith(".sqlite")]
+    runs = [source for source in sources if (Path(source) / "summary.json").is_file()]
+    artifacts = [source for source in sources if source not in {*sweeps, *runs}]
+    for source in artifacts:
+        if not (Path(source) / "manifest.json").is_file():
+            what = "a finished run, an artifact or results of a sweep"
+            raise InputError(f"{source} is not {what}: it has no summary.json or manifest.json.")
+    if not artifacts and (target or (batch, seq) != ("1", "128")):
+        raise UsageError("What was measured before is shown as it is; --target, --batch and --seq are of artifacts.")
+    if len(sources) == len(sweeps) == 1 and chosen in {"table", "json"}:
+        _sweep(Path(sources[0]), chosen, out, json_)
         return
     from ..benchmarks import comparison as comparing
 
     groups: list[Group] = []
     notes: list[str] = []
-    for path in sources:
-        if path.suffix == ".sqlite":
-            cells, failed = _cells(path)
+    for source in sources:
+        if source in sweeps:
+            cells, failed = _cells(Path(source))
             groups, notes = [*groups, *cells], [*notes, *failed]
-        elif path not in artifacts:
-            groups.append(_run(path))
+        elif source in runs:
+            groups.append(_run(Path(source)))
     if artifacts:
         from ..export.artifact import open_artifact
 
-        opened = [open_artifact(path) for path in artifacts]
+        opened = [open_artifact(Path(source)) for source in artifacts]
+        shapes = [(size, length) for size in _numbers(batch, "--batch") for length in _numbers(seq, "--seq")]
         options: dict[str, Any] = {"min_queries": queries, "min_seconds": seconds}
-        taken = measured(opened, target or ["cpu"], [(batch, seq)], **options)
-        groups += [comparing.of_measured(one) for one in taken]
+        groups += map(comparing.of_measured, _measured(opened, target or ["cpu"], shapes, **options))
     if not groups:
         raise InputError(f"There is nothing to compare: {'; '.join(notes) or 'no cell has finished'}.")
-    _give(comparing.together(groups, notes), chosen, out)
+    comparison = comparing.together(groups, notes)
+    if out or not json_:
+        _give(comparison, chosen, out, said=not json_)
+    if json_:
+        print_json(comparing.document(comparison))
 
 
 def _form(form: str | None, out: Path | None, as_json: bool) -> str:
-    """The one of ``FORMATS`` that is asked for."""
+    """The one of ``FORMATS`` that is asked for, in the file or on stdout."""
     if form is not None and form not in FORMATS:
         raise UsageError(f"There is no format '{form}' (there are: {', '.join(FORMATS)}).")
-    if as_json and form not in {None, "json"}:
-        raise UsageError(f"Give --json or --format {form}, not both.")
+    if as_json and out is None and form not in {None, "json"}:
+        raise UsageError(f"Give --json or --format {form}, or -o a file for the second.")
     if out is not None and out.is_dir():
         raise UsageError(f"-o {out} is a folder; give a file that ends in {', '.join(ENDINGS)}.")
-    if as_json:
-        return "json"
     if form or out is None:
-        return form or "table"
+        return form or ("json" if as_json else "table")
     if out.suffix.lower() not in ENDINGS:
         raise UsageError(f"-o {out} does not end in {', '.join(ENDINGS)}; say with --format what it is to be.")
     return ENDINGS[out.suffix.lower()]
@@ -95,10 +103,6 @@ def _run(path: Path, title: str = "") -> Group:
     from ..benchmarks.report import read_run
     from ..stages import read_summary
 
-    if not (path / "summary.json").is_file():
-        raise InputError(
-            f"{path} is not a finished run, an artifact or results of a sweep: it has no summary.json or manifest.json."
-        )
     summary = read_summary(path)
     samples = read_run(path)[1] if (path / "measurements.jsonl").is_file() else []
     return of_run(path, summary, samples, title)
@@ -121,23 +125,25 @@ def _cells(path: Path) -> tuple[list[Group], list[str]]:
     return groups, notes
 
 
-def _sweep(path: Path, out: Path | None, form: str) -> None:
+def _sweep(path: Path, form: str, out: Path | None, as_json: bool) -> None:
     """A sweep alone: a line for each cell."""
     from .. import sweep as sweeps
 
-    found = sweeps.results(path)
-    if form == "json":
-        _write(json.dumps({"cells": found}, indent=2), out)
-    else:
-        _print(partial(sweep_table, found), out)
+    document = {"cells": sweeps.results(path)}
+    if form == "table":
+        _print(partial(_sweep_table, document["cells"]), out, said=not as_json)
+    elif out or not as_json:
+        _write(json.dumps(document, indent=2), out, said=not as_json)
+    if as_json:
+        print_json(document)
 
 
-def _give(comparison: Comparison, form: str, out: Path | None) -> None:
+def _give(comparison: Comparison, form: str, out: Path | None, *, said: bool) -> None:
     from ..benchmarks import comparison as comparing
     from ..benchmarks import comparison_page as pages
 
     if form == "table":
-        _print(partial(pages.print_tables, comparison), out)
+        _print(partial(pages.print_tables, comparison), out, said=said)
         return
     makers: dict[str, Callable[[], str]] = {
         "json": lambda: json.dumps(comparing.document(comparison), indent=2),
@@ -145,26 +151,28 @@ def _give(comparison: Comparison, form: str, out: Path | None) -> None:
         "html": lambda: pages.html(comparison),
         "csv": lambda: comparing.table(comparison),
     }
-    _write(makers[form](), out)
+    _write(makers[form](), out, said=said)
 
 
-def _print(show: Callable[[], None], out: Path | None) -> None:
+def _print(show: Callable[[], None], out: Path | None, *, said: bool) -> None:
     """Tables as they are printed, on stdout or in a file."""
     if out is None:
         show()
         return
-    said = io.StringIO()
-    with redirect_stdout(said):
+    text = io.StringIO()
+    with redirect_stdout(text):
         show()
-    _write(said.getvalue(), out)
+    _write(text.getvalue(), out, said=said)
 
 
-def _write(text: str, out: Path | None) -> None:
-    """To the file that was asked for, whose name is then printed, or to stdout."""
+def _write(text: str, out: Path | None, *, said: bool) -> None:
+    """To the file that was asked for, whose name is then ``said``, or to stdout."""
+    text = text if text.endswith("\n") else f"{text}\n"
     if out is None:
-        print(text, end="" if text.endswith("\n") else "\n")
-    else:
-        write_text(out, text if text.endswith("\n") else f"{text}\n")
+        print(text, end="")
+        return
+    write_text(out, text)
+    if said:
         print(out)
 
 

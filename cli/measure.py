@@ -45,7 +45,7 @@ def bench(
     options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
     rows: list[dict[str, Any]] = []
     environments: dict[str, Any] = {}
-    for taken in measured(opened, target or ["cpu"], shapes, **options):
+    for taken in _measured(opened, target or ["cpu"], shapes, **options):
         rows += comparing.rows(taken)
         environments[taken[0].target] = dict(taken[0].environment)
     if json_:
@@ -82,13 +82,13 @@ def sweep(
     if json_:
         print_json({"cells": found})
     else:
-        sweep_table(found)
+        _sweep_table(found)
         print(f"results  {out / sweeps.RESULTS}")
     if failed := [cell for cell in found if cell["state"] == "failed"]:
         raise InputError(f"{len(failed)} of {len(found)} cells failed; {failed[0]['name']}: {failed[0]['said']}")
 
 
-def measured(
+def _measured(
     artifacts: Sequence[Artifact], names: Sequence[str], shapes: Sequence[tuple[int, int]], **options: Any
 ) -> list[list[Measurement]]:
     """``artifacts`` interleaved in each shape, batch and sequence, on each target; hosts work at the same time."""
@@ -117,7 +117,7 @@ def measured(
     return [taken for of_one in found for taken in of_one]
 
 
-def sweep_table(found: Sequence[dict[str, Any]]) -> None:
+def _sweep_table(found: Sequence[dict[str, Any]]) -> None:
     """A line for each cell: what was chosen, beside its original."""
     from ..benchmarks.tables import COLUMNS, plain_table
     from ..benchmarks.tables import cells as texts
