@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from . import frontier
+from . import frontier, tables
 from .compare import rows as compared
 from .environment import differences
 from .frontier import Place
@@ -58,23 +58,29 @@ class Comparison:
 def of_run(run: Path, summary: Row, measured: Sequence[Measurement] = (), title: str = "") -> Group:
     """The group of a finished run, its rows as they were written; InputError where its summary lacks something."""
     try:
-        recipe, rows = summary.get("recipe", {}), (summary["original"], *summary["results"])
-        return Group(
-            title=title or run.resolve().name,
-            source=str(run),
-            rows=rows,
-            chosen=summary["chosen"],
-            refused=tuple(summary["refused"]),
-            environment=summary["environment"],
-            judged_on=f"{recipe.get('data') or recipe.get('model')}, seed {recipe.get('seed', 0)}",
-            measured=tuple(measured),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+        recipe = summary.get("recipe", {})
+        about = f"{recipe.get('data') or recipe.get('model')}, seed {recipe.get('seed', 0)}"
+        rows, environment = [summary["original"], *summary["results"]], dict(summary["environment"])
+        picked, refused = summary["chosen"], tuple(summary["refused"])
+        if not isinstance(picked, str | None):
+            raise TypeError(f"chosen is {picked!r}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{run / 'summary.json'} is not the summary of a run: {error!r}.") from error
+    found = of_rows(title or run.resolve().name, str(run), rows, picked)
+    return replace(found, refused=refused, environment=environment, judged_on=about, measured=tuple(measured))
 
 
 def of_rows(title: str, source: str, rows: Sequence[Row], chosen: str | None) -> Group:
-    """A group of which no more than the rows is known."""
+    """A group of which no more than the rows is known; InputError where they are no rows."""
+    try:
+        for row in rows:
+            tables.cells(row, rows[0])
+            _line(row, None)
+            wanted = [row[name] for name in ("name", "target", "batch", "sequence", "artifact")]
+            if row["quality"]:
+                wanted += [row["quality"][name] for name in ("metric", "value", "low", "high", "n")]
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise InputError(f"{source} holds a row that is none of a comparison: {error!r}.") from error
     return Group(title, source, tuple(rows), chosen)
 
 
@@ -84,7 +90,8 @@ def of_measured(measured: Sequence[Measurement]) -> Group:
     names = [item.name for item in measured]
     doubled = {name for name in names if names.count(name) > 1}  # the folder tells those of one name apart
     told = [replace(m, name=f"{m.name} ({m.artifact})") if m.name in doubled else m for m in measured]
-    title = f"measured now on {first.target}"
+    tokens = f" x sequence {first.sequence}" if first.sequence else ""
+    title = f"measured now on {first.target}, batch {first.batch}{tokens}"
     rows = tuple(compared(told))
     return Group(title, "artifacts", rows, None, environment=first.environment, measured=tuple(told))
 

@@ -51,42 +51,50 @@ def compare(
     from ..benchmarks.subjects import is_model
 
     chosen = _form(form, out, json_)
-    now = [word for word in sources if is_model(word) or (Path(word) / "manifest.json").is_file()]
-    for option, value in (("--target", target), ("--data", data)):
-        if value and not now:
-            raise UsageError(f"{option} is of artifacts and models, which are measured now, and none is given.")
-    if len(sources) == 1 and sources[0].endswith(".sqlite") and chosen in {"table", "json"}:
-        _sweep(Path(sources[0]), out, chosen)
+    sweeps = [source for source in sources if source.endswith(".sqlite")]
+    runs = [source for source in sources if (Path(source) / "summary.json").is_file()]
+    now = [source for source in sources if source not in {*sweeps, *runs}]
+    for source in now:
+        if not (is_model(source) or (Path(source) / "manifest.json").is_file()):
+            what = "a finished run, an artifact, a model or results of a sweep"
+            raise InputError(f"{source} is not {what}: it has no summary.json, manifest.json or config.json.")
+    if not now and (target or data or columns or metric or (batch, seq) != ("1", "128")):
+        what = "--target, --batch, --seq, --data, --columns and --metric are of artifacts and models"
+        raise UsageError(f"What was measured before is shown as it is; {what}.")
+    if len(sources) == len(sweeps) == 1 and chosen in {"table", "json"}:
+        _sweep(Path(sources[0]), chosen, out, json_)
         return
     groups: list[Group] = []
     notes: list[str] = []
-    for word in sources:
-        if word.endswith(".sqlite"):
-            cells, failed = _cells(Path(word))
+    for source in sources:
+        if source in sweeps:
+            cells, failed = _cells(Path(source))
             groups, notes = [*groups, *cells], [*notes, *failed]
-        elif word not in now:
-            groups.append(_run(Path(word)))
+        elif source in runs:
+            groups.append(_run(Path(source)))
     if now:
         options: dict[str, Any] = {"min_queries": queries, "min_seconds": seconds}
         taken = measured(now, target or ["cpu"], (batch, seq), (data, columns, metric), seed, **options)
-        groups += [comparing.of_measured(one) for one in taken]
+        groups += map(comparing.of_measured, taken)
     if not groups:
         raise InputError(f"There is nothing to compare: {'; '.join(notes) or 'no cell has finished'}.")
-    _give(comparing.together(groups, notes), chosen, out)
+    comparison = comparing.together(groups, notes)
+    if out or not json_:
+        _give(comparison, chosen, out, said=not json_)
+    if json_:
+        print_json(comparing.document(comparison))
 
 
 def _form(form: str | None, out: Path | None, as_json: bool) -> str:
-    """The one of ``FORMATS`` that is asked for."""
+    """The one of ``FORMATS`` that is asked for, in the file or on stdout."""
     if form is not None and form not in FORMATS:
         raise UsageError(f"There is no format '{form}' (there are: {', '.join(FORMATS)}).")
-    if as_json and form not in {None, "json"}:
-        raise UsageError(f"Give --json or --format {form}, not both.")
+    if as_json and out is None and form not in {None, "json"}:
+        raise UsageError(f"Give --json or --format {form}, or -o a file for the second.")
     if out is not None and out.is_dir():
         raise UsageError(f"-o {out} is a folder; give a file that ends in {', '.join(ENDINGS)}.")
-    if as_json:
-        return "json"
     if form or out is None:
-        return form or "table"
+        return form or ("json" if as_json else "table")
     if out.suffix.lower() not in ENDINGS:
         raise UsageError(f"-o {out} does not end in {', '.join(ENDINGS)}; say with --format what it is to be.")
     return ENDINGS[out.suffix.lower()]
@@ -98,10 +106,6 @@ def _run(path: Path, title: str = "") -> Group:
     from ..benchmarks.report import read_run
     from ..stages import read_summary
 
-    if not (path / "summary.json").is_file():
-        raise InputError(
-            f"{path} is not a finished run, an artifact or results of a sweep: it has no summary.json or manifest.json."
-        )
     summary = read_summary(path)
     samples = read_run(path)[1] if (path / "measurements.jsonl").is_file() else []
     return of_run(path, summary, samples, title)
@@ -124,23 +128,25 @@ def _cells(path: Path) -> tuple[list[Group], list[str]]:
     return groups, notes
 
 
-def _sweep(path: Path, out: Path | None, form: str) -> None:
+def _sweep(path: Path, form: str, out: Path | None, as_json: bool) -> None:
     """A sweep alone: a line for each cell."""
     from .. import sweep as sweeps
 
-    found = sweeps.results(path)
-    if form == "json":
-        _write(json.dumps({"cells": found}, indent=2), out)
-    else:
-        _print(partial(sweep_table, found), out)
+    document = {"cells": sweeps.results(path)}
+    if form == "table":
+        _print(partial(_sweep_table, document["cells"]), out, said=not as_json)
+    elif out or not as_json:
+        _write(json.dumps(document, indent=2), out, said=not as_json)
+    if as_json:
+        print_json(document)
 
 
-def _give(comparison: Comparison, form: str, out: Path | None) -> None:
+def _give(comparison: Comparison, form: str, out: Path | None, *, said: bool) -> None:
     from ..benchmarks import comparison as comparing
     from ..benchmarks import comparison_page as pages
 
     if form == "table":
-        _print(partial(pages.print_tables, comparison), out)
+        _print(partial(pages.print_tables, comparison), out, said=said)
         return
     makers: dict[str, Callable[[], str]] = {
         "json": lambda: json.dumps(comparing.document(comparison), indent=2),
@@ -148,26 +154,28 @@ def _give(comparison: Comparison, form: str, out: Path | None) -> None:
         "html": lambda: pages.html(comparison),
         "csv": lambda: comparing.table(comparison),
     }
-    _write(makers[form](), out)
+    _write(makers[form](), out, said=said)
 
 
-def _print(show: Callable[[], None], out: Path | None) -> None:
+def _print(show: Callable[[], None], out: Path | None, *, said: bool) -> None:
     """Tables as they are printed, on stdout or in a file."""
     if out is None:
         show()
         return
-    said = io.StringIO()
-    with redirect_stdout(said):
+    text = io.StringIO()
+    with redirect_stdout(text):
         show()
-    _write(said.getvalue(), out)
+    _write(text.getvalue(), out, said=said)
 
 
-def _write(text: str, out: Path | None) -> None:
-    """To the file that was asked for, whose name is then printed, or to stdout."""
+def _write(text: str, out: Path | None, *, said: bool) -> None:
+    """To the file that was asked for, whose name is then ``said``, or to stdout."""
+    text = text if text.endswith("\n") else f"{text}\n"
     if out is None:
-        print(text, end="" if text.endswith("\n") else "\n")
-    else:
-        write_text(out, text if text.endswith("\n") else f"{text}\n")
+        print(text, end="")
+        return
+    write_text(out, text)
+    if said:
         print(out)
 
 

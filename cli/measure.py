@@ -62,7 +62,7 @@ def bench(
     if out and not profile:
         raise UsageError("-o is the folder for the picture of a profile: give --profile too.")
     options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
-    options |= scenarios.options(scenario, rate, deadline, confidence_width, seed)
+    options |= scenarios.options(scenario, rate, deadline, confidence_width)
     options |= {"energy": True, "profile": profile}
     environments: dict[str, Any] = {}
     unfit: list[str] = []
@@ -117,7 +117,7 @@ def sweep(
     if json_:
         print_json({"cells": found})
     else:
-        sweep_table(found)
+        _sweep_table(found)
         print(f"results  {out / sweeps.RESULTS}")
     if failed := [cell for cell in found if cell["state"] == "failed"]:
         raise InputError(f"{len(failed)} of {len(found)} cells failed; {failed[0]['name']}: {failed[0]['said']}")
@@ -199,6 +199,7 @@ def measured(
                     target=str(target),
                     batch=size,
                     sequence=length,
+                    seed=seed,
                     progress=screen.progress(f"{target} {size}x{length}", target.where),
                     **options,
                 )
@@ -210,7 +211,7 @@ def measured(
     return [taken for of_one in found for taken in of_one]
 
 
-def sweep_table(found: Sequence[dict[str, Any]]) -> None:
+def _sweep_table(found: Sequence[dict[str, Any]]) -> None:
     """A line for each cell: what was chosen, beside its original."""
     from ..benchmarks.tables import COLUMNS, plain_table
     from ..benchmarks.tables import cells as texts

@@ -27,9 +27,9 @@ Width = Annotated[
 ]
 
 
-def options(scenario: str, rate: float | None, deadline: str | None, width: str | None, seed: int) -> dict[str, Any]:
+def options(scenario: str, rate: float | None, deadline: str | None, width: str | None) -> dict[str, Any]:
     """As ``load.benchmark`` takes them."""
-    found: dict[str, Any] = {"scenario": scenario, "rate": rate, "seed": seed}
+    found: dict[str, Any] = {"scenario": scenario, "rate": rate}
     found["deadline_ms"] = _number(deadline, r"ms", "--deadline", "15ms") if deadline else None
     found["confidence_width"] = _number(width, r"%", "--confidence-width", "1%") / 100 if width else None
     return found

@@ -136,7 +136,7 @@ def test_everything_at_once(here: Any, finished_run: Path, swept: Path, tmp_path
     assert done.stdout.strip() == str(tmp_path / "all.json")
     document = json.loads((tmp_path / "all.json").read_text())
     titles = [group["title"] for group in document["groups"]]
-    assert titles == ["run", "sweep: seed=1", "measured now on cpu:1"]
+    assert titles == ["run", "sweep: seed=1", "measured now on cpu:1, batch 1 x sequence 64"]
     assert document["notes"] == ["sweep: seed=2 failed: it rained"]
     now = document["groups"][2]
     assert now["original"]["latency_ms"]["n"] == 30
@@ -178,8 +178,8 @@ def test_the_page(
         (["--format", "docx"], "There is no format 'docx' (there are: table, markdown, html, csv, json)"),
         (["-o", "table.xlsx"], "does not end in .txt, .md"),
         (["-o", "."], "is a folder"),
-        (["--json", "--format", "csv"], "not both"),
-        (["--target", "cpu:1"], "none is given"),
+        (["--json", "--format", "csv"], "-o a file for the second"),
+        (["--target", "cpu:1"], "--target, --batch and --seq are of artifacts"),
         (["nowhere"], "nowhere is not a finished run, an artifact or results of a sweep"),
     ],
 )
@@ -191,8 +191,17 @@ def test_bad_use(here: Any, finished_run: Path, tmp_path: Path, args: list[str],
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_whose_summary_is_damaged(here: Any, other: Any) -> None:
-    run = other("damaged", results=3)
-    done = here("compare", run)
-    assert done.returncode == 2
-    assert "is not the summary of a run" in done.stderr
+def test_a_document_on_stdout_and_a_page_in_a_file(here: Any, finished_run: Path, swept: Path, tmp_path: Path) -> None:
+    done = here("compare", finished_run, "--json", "-o", tmp_path / "run.html")
+    assert json.loads(done.stdout)["original"]["name"] == "original fp32"
+    assert (tmp_path / "run.html").read_text().startswith("<!doctype html>")
+    done = here("compare", swept, "--json", "-o", tmp_path / "sweep.txt")
+    assert [cell["state"] for cell in json.loads(done.stdout)["cells"]] == ["done", "failed"]
+    assert "it rained" in (tmp_path / "sweep.txt").read_text()
+
+
+@pytest.mark.parametrize("changed", [{"results": 3}, {"results": [{"name": "x"}]}, {"environment": 1}, {"chosen": {}}])
+def test_a_run_whose_summary_is_damaged(here: Any, other: Any, changed: dict[str, Any]) -> None:
+    done = here("compare", other("damaged", **changed), "--format", "html")
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
