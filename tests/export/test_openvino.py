@@ -156,6 +156,13 @@ def test_scores_of_attention_are_computed_in_eight_bits(
     assert set(attention.values()) <= EIGHT_BITS, attention
 
 
+def test_nothing_is_rounded_by_a_kernel_of_its_own(written: dict[str, Artifact]) -> None:
+    """All of it is part of the kernels that make what is rounded: what attention puts out, too."""
+    kinds = [facts["layerType"] for facts in kernels(written["int8"]).values()]
+    assert "FullyConnected" in kinds
+    assert "FakeQuantize" not in kinds
+
+
 def test_floats_are_computed_in_what_the_scheme_says(written: dict[str, Artifact]) -> None:
     for scheme in ("fp32", "fp16"):
         assert "bf16" not in {facts["runtimePrecision"] for facts in kernels(written[scheme]).values()}
