@@ -214,7 +214,7 @@ def timed(  # noqa: PLR0917
         runs = [contender.open(threads, feeds) for contender in contenders]
         taken = runner.interleaved(runs, -(-queries // SETS), seconds * len(runs) / SETS)
         for so_far, more in zip(samples, taken, strict=True):
-            so_far += more
+            so_far.extend(more)
     environment = fingerprint(threads)
     return [
         Measurement(

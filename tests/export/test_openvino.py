@@ -156,9 +156,12 @@ def test_scores_of_attention_are_computed_in_eight_bits(
     assert set(attention.values()) <= EIGHT_BITS, attention
 
 
-def test_nothing_is_rounded_by_a_kernel_of_its_own(written: dict[str, Artifact]) -> None:
-    """All of it is part of the kernels that make what is rounded: what attention puts out, too."""
-    kinds = [facts["layerType"] for facts in kernels(written["int8"]).values()]
+def test_what_attention_puts_out_is_rounded_where_it_is_made(
+    pruned: Any, base: Artifact, plans: dict[str, QuantizationPlan], tmp_path: Path
+) -> None:
+    """By attention's own kernel, and not by one behind the transpose, unless channels are smoothed in between."""
+    plain = backend.write(pruned, replace(plans["int8"], smooth={}), tmp_path / "plain", base=base)
+    kinds = [facts["layerType"] for facts in kernels(plain).values()]
     assert "FullyConnected" in kinds
     assert "FakeQuantize" not in kinds
 
