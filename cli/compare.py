@@ -134,7 +134,7 @@ def _sweep(path: Path, form: str, out: Path | None, as_json: bool) -> None:
 
     document = {"cells": sweeps.results(path)}
     if form == "table":
-        _print(partial(_sweep_table, document["cells"]), out, said=not as_json)
+        _print(partial(sweep_table, document["cells"]), out, said=not as_json)
     elif out or not as_json:
         _write(json.dumps(document, indent=2), out, said=not as_json)
     if as_json:

@@ -57,7 +57,7 @@ class Environment:
     why: str = ""
     """Why it is missing."""
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, str]:
         return self.versions if self.python else {"missing": self.why}
 
     def digest(self) -> str:

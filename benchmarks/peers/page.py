@@ -133,7 +133,7 @@ def _speeds(result: Result, cells: Sequence[Cell]) -> str:
 
 def _goal(result: Result, goal: Mapping[str, Any], cell: Cell) -> str:
     ours = [one for one in result.of([OURS], goal["runtime"]) if one["cosine"] >= goal["cosine"]]
-    peers = [one for one in result.of(goal["tools"]) if one["cosine"] >= goal.get("peer_cosine", -1)]
+    peers = [one for one in result.of(goal["tools"]) if one["name"] not in goal.get("without", ())]
     if not ours:
         return "short: no file keeps as much"
     if not peers:

@@ -156,6 +156,16 @@ def test_scores_of_attention_are_computed_in_eight_bits(
     assert set(attention.values()) <= EIGHT_BITS, attention
 
 
+def test_what_attention_puts_out_is_rounded_where_it_is_made(
+    pruned: Any, base: Artifact, plans: dict[str, QuantizationPlan], tmp_path: Path
+) -> None:
+    """By attention's own kernel, and not by one behind the transpose, unless channels are smoothed in between."""
+    plain = backend.write(pruned, replace(plans["int8"], smooth={}), tmp_path / "plain", base=base)
+    kinds = [facts["layerType"] for facts in kernels(plain).values()]
+    assert "FullyConnected" in kinds
+    assert "FakeQuantize" not in kinds
+
+
 def test_floats_are_computed_in_what_the_scheme_says(written: dict[str, Artifact]) -> None:
     for scheme in ("fp32", "fp16"):
         assert "bf16" not in {facts["runtimePrecision"] for facts in kernels(written[scheme]).values()}
