@@ -117,7 +117,7 @@ def sweep(
     if json_:
         print_json({"cells": found})
     else:
-        _sweep_table(found)
+        sweep_table(found)
         print(f"results  {out / sweeps.RESULTS}")
     if failed := [cell for cell in found if cell["state"] == "failed"]:
         raise InputError(f"{len(failed)} of {len(found)} cells failed; {failed[0]['name']}: {failed[0]['said']}")
@@ -211,7 +211,7 @@ def measured(
     return [taken for of_one in found for taken in of_one]
 
 
-def _sweep_table(found: Sequence[dict[str, Any]]) -> None:
+def sweep_table(found: Sequence[dict[str, Any]]) -> None:
     """A line for each cell: what was chosen, beside its original."""
     from ..benchmarks.tables import COLUMNS, plain_table
     from ..benchmarks.tables import cells as texts
