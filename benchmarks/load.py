@@ -58,7 +58,7 @@ def benchmark(
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
-    _check_scenario(scenario, rate, deadline_ms, confidence_width)
+    _check_scenario(scenario, rate, deadline_ms, confidence_width, min_seconds)
     where = targets.parse(target)
     for artifact in artifacts:
         if where.runtime not in {"onnx", artifact.manifest.runtime}:
@@ -114,8 +114,8 @@ def benchmark(
             confidence_width=confidence_width,
             seed=seed,
         )
-        environment = host.environment(where.threads)
-    environment |= {"clock_overhead_ns": found["clock_ns"], "openings": found["openings"]}
+        machine = host.environment(where.threads)
+    environment = {**machine, "clock_overhead_ns": found["clock_ns"], "openings": found["openings"]}
     services = found.get("service_ns") or [()] * len(jobs)
     return [
         Measurement(
@@ -145,7 +145,7 @@ def benchmark(
 
 
 def _check_scenario(
-    scenario: str, rate: float | None, deadline_ms: float | None, confidence_width: float | None
+    scenario: str, rate: float | None, deadline_ms: float | None, confidence_width: float | None, min_seconds: float
 ) -> None:
     if scenario not in SCENARIOS:
         raise UsageError(f"There is no scenario '{scenario}' (known: {', '.join(SCENARIOS)}).")
@@ -153,6 +153,11 @@ def _check_scenario(
         raise UsageError("The scenario 'server' needs a rate of queries a second, and only that has one.")
     if rate is not None and not 0 < rate < 1e6:
         raise UsageError(f"The rate is {rate:g} queries a second; it must be over 0 and below 1,000,000.")
+    if rate is not None and rate * min_seconds < runner.LEAST:
+        raise UsageError(
+            f"In {min_seconds:g} s come {rate * min_seconds:g} queries, fewer than {runner.LEAST}: measure for "
+            f"{runner.LEAST / rate:g} s."
+        )
     if deadline_ms is not None and (scenario != "server" or not 0 < deadline_ms < math.inf):
         raise UsageError("A deadline is a positive time, and only the scenario 'server' has one.")
     if confidence_width is not None and (scenario != "single-stream" or not 0 < confidence_width < 1):
