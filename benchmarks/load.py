@@ -71,7 +71,7 @@ def benchmark(
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
-    _check_scenario(scenario, rate, deadline_ms, confidence_width)
+    _check_scenario(scenario, rate, deadline_ms, confidence_width, min_seconds)
     where = targets.parse(target)
     check(artifacts, where)
     for artifact in artifacts:
@@ -259,7 +259,7 @@ def _called(artifact: Artifact, where: Target) -> str:
 
 
 def _check_scenario(
-    scenario: str, rate: float | None, deadline_ms: float | None, confidence_width: float | None
+    scenario: str, rate: float | None, deadline_ms: float | None, confidence_width: float | None, min_seconds: float
 ) -> None:
     if scenario not in SCENARIOS:
         raise UsageError(f"There is no scenario '{scenario}' (known: {', '.join(SCENARIOS)}).")
@@ -267,6 +267,11 @@ def _check_scenario(
         raise UsageError("The scenario 'server' needs a rate of queries a second, and only that has one.")
     if rate is not None and not 0 < rate < 1e6:
         raise UsageError(f"The rate is {rate:g} queries a second; it must be over 0 and below 1,000,000.")
+    if rate is not None and rate * min_seconds < runner.LEAST:
+        raise UsageError(
+            f"In {min_seconds:g} s come {rate * min_seconds:g} queries, fewer than {runner.LEAST}: measure for "
+            f"{runner.LEAST / rate:g} s."
+        )
     if deadline_ms is not None and (scenario != "server" or not 0 < deadline_ms < math.inf):
         raise UsageError("A deadline is a positive time, and only the scenario 'server' has one.")
     if confidence_width is not None and (scenario != "single-stream" or not 0 < confidence_width < 1):

@@ -365,6 +365,7 @@ def test_artifacts_are_opened_anew_where_that_is_cheap(clock: Clock, monkeypatch
         ({"scenario": "server"}, "needs a rate"),
         ({"rate": 5.0}, "needs a rate"),
         ({"scenario": "server", "rate": 0.0}, "must be over 0"),
+        ({"scenario": "server", "rate": 0.5}, "fewer than 30: measure for 60 s"),
         ({"scenario": "server", "rate": float("nan")}, "must be over 0"),
         ({"deadline_ms": 5.0}, "deadline"),
         ({"scenario": "offline", "confidence_width": 0.01}, "confidence width"),
@@ -374,7 +375,14 @@ def test_artifacts_are_opened_anew_where_that_is_cheap(clock: Clock, monkeypatch
 def test_what_does_not_fit_together_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         load._check_scenario(
-            **{"scenario": "single-stream", "rate": None, "deadline_ms": None, "confidence_width": None} | options
+            **{
+                "scenario": "single-stream",
+                "rate": None,
+                "deadline_ms": None,
+                "confidence_width": None,
+                "min_seconds": 10.0,
+            }
+            | options
         )
 
 
