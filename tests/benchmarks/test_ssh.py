@@ -447,9 +447,11 @@ def test_the_runner_and_the_far_end_need_no_edgepress(tmp_path: Path) -> None:
     imported where it is opened, ExecuTorch's with PyTorch, which it needs."""
     import ast
 
-    from edgepress.benchmarks import device, runner
+    from edgepress.benchmarks import device, imitate, meters, profilers, runner
 
-    for module, allowed in ((device, set()), (runner, {"numpy", "onnxruntime", "openvino", "executorch", "torch"})):
+    runtimes = {"numpy", "onnxruntime", "openvino", "executorch", "torch"}
+    alone = ((device, set()), (imitate, set()), (meters, set()))
+    for module, allowed in (*alone, (runner, runtimes), (profilers, {"executorch", "torch"})):
         source = Path(module.__file__).read_text(encoding="ascii")
         tree = ast.parse(source, feature_version=(3, 8))
         names = {
