@@ -31,11 +31,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-if __package__:
-    from . import meters, profilers
-else:  # on a target, where these files lie side by side
-    import meters  # type: ignore[import-not-found,no-redef]
-    import profilers  # type: ignore[import-not-found,no-redef]
+# Beside this file, in the package or in the folder that both were sent to.
+meters, profilers = (
+    importlib.import_module(f"{__package__}.{name}" if __package__ else name) for name in ("meters", "profilers")
+)
 
 WINDOW = 10
 MOST_WINDOWS = 20

@@ -457,11 +457,12 @@ def test_the_runner_and_the_far_end_need_no_edgepress(tmp_path: Path) -> None:
     imported where it is opened, ExecuTorch's with PyTorch, which it needs."""
     import ast
 
-    from edgepress.benchmarks import device, runner
+    from edgepress.benchmarks import device, imitate, meters, profilers, runner
     from edgepress.benchmarks.runtimes import executorch, onnx, openvino
 
+    alone = ((device, set()), (imitate, set()), (meters, set()), (runner, {"numpy"}))
     sent = ((onnx, {"onnxruntime"}), (openvino, {"openvino"}), (executorch, {"executorch", "torch"}))
-    for module, allowed in ((device, set()), (runner, {"numpy"}), *sent):
+    for module, allowed in (*alone, (profilers, {"executorch", "torch"}), *sent):
         source = Path(module.__file__).read_text(encoding="ascii")
         tree = ast.parse(source, feature_version=(3, 8))
         names = {
