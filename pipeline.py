@@ -613,11 +613,11 @@ class _Run:
         chosen = rows[best]["name"] if best else None
         with new_folder(self.out / "artifact") as place:
             shutil.copytree(variants[best].artifact.folder, place, dirs_exist_ok=True)
-        self._examples(variants[0], variants[best])
         write_text(path, "".join(json.dumps(m.to_json()) + "\n" for m in measured))
         outcome = Outcome(self.out, rows[0], rows[1:], chosen, self.refused, missing)
         summary = self._summary(outcome, measured, variants[best])
         write_text(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        self._examples(variants[0], variants[best])  # the run is finished, whatever becomes of its pictures
         return outcome
 
     def _examples(self, original: Variant, best: Variant) -> None:

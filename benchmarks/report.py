@@ -27,6 +27,7 @@ FIELDS = {
     "variant": "name",
     "p50 ms": "p50",
     "p90 ms": "p90",
+    "p95 ms": "p95",
     "p99 ms": "p99",
     "MB": "size_bytes",
     **{name: name for name in ("speedup", "quality", "drop", "params", "precision")},
