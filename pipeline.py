@@ -612,18 +612,19 @@ class _Run:
             rows[best]["size_bytes"],
         )
         chosen = rows[best]["name"] if best else None
+        shutil.rmtree(self.out / examples.FOLDER, ignore_errors=True)  # of another run's choice
         with new_folder(self.out / "artifact") as place:
             shutil.copytree(variants[best].artifact.folder, place, dirs_exist_ok=True)
-        self._examples(variants[0], variants[best])
         write_text(path, "".join(json.dumps(m.to_json()) + "\n" for m in measured))
         outcome = Outcome(self.out, rows[0], rows[1:], chosen, self.refused, missing)
         summary = self._summary(outcome, measured, variants[best])
         write_text(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        self._examples(variants[0], variants[best])  # the run is finished, whatever becomes of its pictures
         return outcome
 
     def _examples(self, original: Variant, best: Variant) -> None:
         """Keep in the run which predictions changed, and where heads look, for its report."""
-        place, pruned = self.out / examples.FOLDER, best.pruned
+        pruned = best.pruned
 
         def make(folder: Path, progress: Progress) -> dict[str, Any]:
             progress(0, 0, "changed predictions, attention")
@@ -634,10 +635,9 @@ class _Run:
             return {}
 
         if best is original:
-            shutil.rmtree(place, ignore_errors=True)
             return
         _, folder, _ = self.stages.run("examples", {"original": original.key, "best": best.key}, make)
-        with new_folder(place) as copy:
+        with new_folder(self.out / examples.FOLDER) as copy:
             shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))
 
     def _summary(self, outcome: Outcome, measured: list[Measurement], best: Variant) -> dict[str, Any]:

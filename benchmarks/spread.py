@@ -65,9 +65,7 @@ def violins(names: Sequence[str], samples: Sequence[Floats], chosen: str | None)
         shown = [(p50, VIOLIN / 2), (p90, VIOLIN / 3)] + ([(p99, VIOLIN / 4)] if len(values) >= 1000 else [])
         for value, reach in shown:
             place = x(min(float(value), math.exp(high)))
-            parts.append(
-                f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{middle - reach:.1f}" y2="{middle + reach:.1f}"/>'
-            )
+            parts.append(f'<path class="mark" d="M{place:.1f} {middle - reach:.1f}V{middle + reach:.1f}"/>')
         parts.append("</g>")
         parts.append(_text(left, top + 13, said, "label", "start"))
     return svg_of(WIDTH, height, f"Distribution of the latency of {', '.join(names)}", "".join(parts))
