@@ -257,7 +257,11 @@ def _box(row: int, x: float, width: float, label: str, *, tip: str, hue: int | N
     y, room = row * ROW, int((width - 8) / 7.2)
     cut = f"…{label[1 - room :]}" if "." in label else f"{label[: room - 1]}…"
     short = label if len(label) <= room else cut if room > 3 else ""
-    text = f'<text class="tick" x="{x + 4:.2f}" y="{y + 17}">{escape(short)}</text>' if short else ""
+    text = (
+        f'<text class="tick" style="fill:var(--ink)" x="{x + 4:.2f}" y="{y + 17}">{escape(short)}</text>'
+        if short
+        else ""
+    )
     fill = f'class="hue{hue}" style="fill:var(--hue)"' if hue is not None else 'style="fill:var(--other)"'
     return (
         f"<g><title>{escape(tip)}</title>"
