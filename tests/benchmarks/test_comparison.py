@@ -179,8 +179,8 @@ def test_the_page(
         (["-o", "table.xlsx"], "does not end in .txt, .md"),
         (["-o", "."], "is a folder"),
         (["--json", "--format", "csv"], "-o a file for the second"),
-        (["--target", "cpu:1"], "--target, --batch and --seq are of artifacts"),
-        (["nowhere"], "nowhere is not a finished run, an artifact or results of a sweep"),
+        (["--target", "cpu:1"], "--target, --batch, --seq, --data, --columns and --metric are of artifacts and models"),
+        (["nowhere"], "nowhere is not a finished run, an artifact, a model or results of a sweep"),
     ],
 )
 def test_bad_use(here: Any, finished_run: Path, tmp_path: Path, args: list[str], message: str) -> None:
