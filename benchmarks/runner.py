@@ -309,7 +309,7 @@ def slices(
     gc.collect()
     gc.disable()
     begin = time.monotonic()
-    for turn in range(queries // count):
+    for turn in range(-(-queries // count)):
         for which in chance.permutation(len(runs)):
             runs[which]()
             serve(which, count)
