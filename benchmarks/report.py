@@ -207,7 +207,7 @@ def _values(row: Row) -> Row:
     plain = {name: row[name] for name in ("name", "precision", "params", "size_bytes")}
     timed = {name: row["latency_ms"].get(name) for name in ("p50", "p90", "p95", "p99")}
     judged = {"quality": quality.get("value"), "drop": quality.get("drop")}
-    return {**plain, **timed, "speedup": speedup.get("value"), **judged}
+    return {**plain, **timed, "speedup": speedup.get("value"), **judged, "runtime": row.get("runtime")}
 
 
 def _removed(summary: Row) -> str:
