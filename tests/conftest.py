@@ -137,6 +137,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Run:
     """The same within this process, where torch is loaded already: for the many ways of wrong use."""
     from edgepress.cli import main
 
+    monkeypatch.delenv("COLUMNS", raising=False)  # a worker of xdist has 80, which is no terminal's width
+
     def run(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         words = ["edgepress", *map(str, args)]
         out, err = io.StringIO(), io.StringIO()
