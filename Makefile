@@ -4,13 +4,18 @@ VENV ?= .venv
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 EDITABLE ?=
 
-.PHONY: demo test test-slow lint peers clean
+.PHONY: demo test test-chains test-slow lint peers clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/edgepress compress zoo:minilm-reviews --target cpu --max-drop 1% -o runs/demo
 
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	$(PYTEST) -m "not chain and not slow and not gpu"
+
+test-chains: $(VENV)/.installed-dev
+	$(PYTEST) -m "chain and not slow and not gpu"
 
 test-slow: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from .test_cli import COLUMNS, refused
 
+pytestmark = pytest.mark.chain
+
 SPOILT = "bert.encoder.layer.1.attention.output.dense"
 RUINED = "bert.encoder.layer.2.output.dense"
 UNLABELLED = ("--columns", "text=review,label=-")

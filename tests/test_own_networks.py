@@ -19,6 +19,8 @@ NETWORKS = """
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.chain
+
 
 class Recurrent(nn.Module):
     def __init__(self, layer):

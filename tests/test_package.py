@@ -34,6 +34,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in inside if name.startswith(("tests", "benchmarks/peers", "benchmarks/results", "docs"))]
 
 
+@pytest.mark.chain
 def test_it_compresses_from_the_wheel(
     wheel: Path, model_folder: Path, reviews_csv: Path, small_recipe: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,8 @@ from edgepress.errors import UsageError
 from edgepress.export.artifact import open_artifact
 from edgepress.recipe import SCHEMES
 
+pytestmark = pytest.mark.chain
+
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

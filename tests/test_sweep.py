@@ -20,6 +20,8 @@ from edgepress import sweep
 from edgepress.cluster import on_ray
 from edgepress.errors import InputError, UsageError
 
+pytestmark = pytest.mark.chain
+
 
 @pytest.fixture(scope="module")
 def grid(model_folder: Path, reviews_csv: Path) -> dict[str, Any]:

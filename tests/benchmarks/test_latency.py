@@ -19,6 +19,8 @@ from edgepress.errors import ConstraintError, InputError, UsageError
 from edgepress.models.structure import Site, Stack, Structure
 from edgepress.plan import PruningPlan, Unit
 
+pytestmark = pytest.mark.chain
+
 QUICK = {"target": "cpu:1", "sequence": 16, "rounds": 30, "seconds": 0.1}
 
 

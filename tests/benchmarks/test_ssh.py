@@ -25,6 +25,8 @@ from edgepress.errors import EdgepressError, ParityError, UnavailableError, Usag
 from edgepress.export.artifact import Artifact, open_artifact, seal
 from onnx import numpy_helper
 
+pytestmark = pytest.mark.chain
+
 PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
 QUICK: dict[str, Any] = {"sequence": 16, "min_queries": 60}
 LONG: dict[str, Any] = {"sequence": 16, "min_queries": 10**6, "min_seconds": 3.0, "memory": False}

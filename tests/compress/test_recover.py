@@ -223,6 +223,7 @@ ep.recover(half, whole, checkpoint=Path(state), **{OPTIONS})
 OPTIONS = {"steps": 100, "batch": 16, "lr": 1e-3, "evaluate_every": 25}
 
 
+@pytest.mark.chain
 def test_killed_and_resumed_to_the_last_bit(
     workload: Any, pruned: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
 ) -> None:
@@ -285,6 +286,7 @@ TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2")
 FSDP = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2")
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("launcher", [TORCHRUN, FSDP], ids=["whole", "sharded"])
 def test_two_processes_train_as_one_and_one_of_them_writes(
     edgepress: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path, launcher: tuple[str, ...]
@@ -346,6 +348,7 @@ if os.environ["RANK"] == "1":  # every process has all of the result
 """
 
 
+@pytest.mark.chain
 def test_sharded_training_goes_on_after_it_was_killed(
     workload: Any, pruned: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,8 @@ from edgepress.models.workload import Workload
 from edgepress.plan import PruningPlan, QuantizationPlan, Unit
 from transformers import AutoConfig, DynamicCache
 
+pytestmark = pytest.mark.chain
+
 TOKENS = 40
 SIZES: dict[str, Any] = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GROUPED: dict[str, Any] = {

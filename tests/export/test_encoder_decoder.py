@@ -20,6 +20,8 @@ from edgepress.models.workload import Workload
 from edgepress.plan import PruningPlan, Unit
 from transformers import AutoConfig
 
+pytestmark = pytest.mark.chain
+
 TOKENS = 24
 COMMON: dict[str, Any] = {"vocab_size": 96, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYERS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}

@@ -16,6 +16,8 @@ from edgepress.export.backends import onnx as backend
 from edgepress.plan import QuantizationPlan
 from onnx import numpy_helper
 
+pytestmark = pytest.mark.chain
+
 LAYER = "bert.encoder.layer.1.intermediate.dense"
 
 

@@ -19,6 +19,8 @@ from edgepress.models.dequantize import dequantized
 from edgepress.plan import Codes, QuantizationPlan
 from onnx import TensorProto, helper, numpy_helper
 
+pytestmark = pytest.mark.chain
+
 
 def dequantize(numbers: Any, scales: Any, zeros: Any, columns: int, bits: int, block: int) -> Any:
     """[out, columns] from a product's own inputs, as ONNX Runtime documents them, number by number."""

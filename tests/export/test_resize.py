@@ -17,6 +17,8 @@ from edgepress.models import surgery
 from edgepress.plan import PruningPlan
 from onnx import numpy_helper
 
+pytestmark = pytest.mark.chain
+
 
 def _built(name: str) -> Any:
     """One of the models of tests/models/conftest.py, in float32."""

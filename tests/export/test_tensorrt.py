@@ -29,7 +29,7 @@ from ml_dtypes import float8_e4m3fn
 from onnx import TensorProto, helper, numpy_helper
 
 trt = pytest.importorskip("tensorrt_rtx")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.chain, pytest.mark.filterwarnings("ignore")]
 
 FAST = {"int8": {"rows": 16, "smooth": "none", "correct_bias": False}, "fp8": {"rows": 16}}
 """Plans that leave the module's weights as they are, so that one export serves all precisions."""
