@@ -15,11 +15,11 @@ from edgepress.errors import InputError
 from edgepress.models import metrics
 from PIL import Image
 
+pytestmark = pytest.mark.chain
+
 NETWORKS = """
 import torch
 from torch import nn
-
-pytestmark = pytest.mark.chain
 
 
 class Recurrent(nn.Module):
