@@ -82,21 +82,7 @@ def benchmark(
         sequence = 0
     runtimes = (artifact.manifest.runtime for artifact in artifacts)
     with targets.connect(where, *runtimes) as (host, where), tempfile.TemporaryDirectory() as folder:
-        for at, artifact in enumerate(artifacts):  # pruned models have keys and values of other sizes
-            np.savez(Path(folder) / f"feeds{at}.npz", **arbitrary(artifact, batch, sequence, past))  # type: ignore[arg-type]
-        for source in SHIPPED:
-            shutil.copy(source, folder)
-        for runtime in {artifact.manifest.runtime for artifact in artifacts}:
-            shutil.copy(RUNNER.parent / "runtimes" / f"{runtime}.py", Path(folder) / f"runtime_{runtime}.py")
-        place = host.put(Path(folder))
-        jobs = [
-            {
-                "model": f"{host.put(artifact.folder, artifact.needed, progress)}/{artifact.manifest.model_file}",
-                "feeds": f"{place}/feeds{at}.npz",
-                **_told(artifact, where),
-            }
-            for at, artifact in enumerate(artifacts)
-        ]
+        place, jobs = _sent(artifacts, where, host, Path(folder), (batch, sequence, past), progress=progress)
 
         def run(held: imitation.Imitation = where.imitation, **job: Any) -> Any:
             text = json.dumps({"threads": where.threads, "device": where.device, **job})
@@ -123,14 +109,17 @@ def benchmark(
         )
         spent = run(mode="energy", artifacts=jobs, seconds=SLICE_SECONDS) if energy else {"millijoules": None}
         profiles = [run(mode="profile", artifacts=[job], runs=PROFILED_RUNS) if profile else None for job in jobs]
-        found = {
-            "clock_overhead_ns": timed["clock_ns"],
-            "openings": timed["openings"],
+        seen = {
             "watch": timed["watch"],
             "energy": {name: value for name, value in spent.items() if name in ENERGY_TOLD},
             "imitation": where.imitation.to_json(by=next(filter(None, held_by), None)),
         }
-        environment = {**host.environment(where.threads), **{name: value for name, value in found.items() if value}}
+        environment = {
+            **host.environment(where.threads),
+            "clock_overhead_ns": timed["clock_ns"],
+            "openings": timed["openings"],
+            **{name: value for name, value in seen.items() if value},
+        }
     services = timed.get("service_ns") or [()] * len(jobs)
     return [
         Measurement(
@@ -161,6 +150,34 @@ def benchmark(
         for at, (artifact, job, used, taken) in enumerate(
             zip(artifacts, jobs, memories, timed["samples_ns"], strict=True)
         )
+    ]
+
+
+def _sent(
+    artifacts: Sequence[Artifact],
+    where: Target,
+    host: Any,
+    folder: Path,
+    sizes: tuple[int, int, int],
+    *,
+    progress: Progress | None,
+) -> tuple[str, list[dict[str, Any]]]:
+    """Where the runner and inputs of ``sizes``, batch, sequence and past, are over there, and what it is told of each
+    of ``artifacts``; all of them pass through ``folder``."""
+    for at, artifact in enumerate(artifacts):  # pruned models have keys and values of other sizes
+        np.savez(folder / f"feeds{at}.npz", **arbitrary(artifact, *sizes))  # type: ignore[arg-type]
+    for source in SHIPPED:
+        shutil.copy(source, folder)
+    for runtime in {artifact.manifest.runtime for artifact in artifacts}:
+        shutil.copy(RUNNER.parent / "runtimes" / f"{runtime}.py", folder / f"runtime_{runtime}.py")
+    place = host.put(folder)
+    return place, [
+        {
+            "model": f"{host.put(artifact.folder, artifact.needed, progress)}/{artifact.manifest.model_file}",
+            "feeds": f"{place}/feeds{at}.npz",
+            **_told(artifact, where),
+        }
+        for at, artifact in enumerate(artifacts)
     ]
 
 
