@@ -18,7 +18,9 @@ from .options import Columns, Data, Json, MetricOption, Out, Seed, TargetsOption
 from .screen import Screen, print_json, table
 
 if TYPE_CHECKING:
+    from ..benchmarks.judge import Judge
     from ..benchmarks.measurement import Measurement
+    from ..benchmarks.targets import Target
     from ..export.artifact import Artifact
     from ..models.metrics import Quality
 
@@ -162,17 +164,16 @@ def measured(
     if len(artifacts) == len(set(words)):  # else once the models are loaded
         for target in parsed:
             load.check([*artifacts.values()], target)
+
+    def loaded(stack: ExitStack, screen: Screen, word: str) -> Artifact:
+        step = screen.progress("load")
+        model = workload.load(word, data, columns=mapping, seed=seed, progress=step)
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return original(model, place / "checkpoint", word)
+
     with ExitStack() as stack:
         screen = Screen(stack)
-        subjects: list[Artifact] = []
-        for word in words:
-            if word in artifacts:
-                subjects.append(artifacts[word])
-                continue
-            step = screen.progress("load")
-            model = workload.load(word, data, columns=mapping, seed=seed, progress=step)
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            subjects.append(original(model, place / "checkpoint", word))
+        subjects = [artifacts.get(word) or loaded(stack, screen, word) for word in words]
         for target in parsed:  # all, before anything is measured; and what was sent for one shape is there for the next
             load.check(subjects, target)
             stack.enter_context(targets.connect(target, *(one.manifest.runtime for one in subjects)))
@@ -182,13 +183,7 @@ def measured(
                 for size, length in shapes:
                     load.check_shape(one, size, length, options.get("past", 0))
             by = judging.judge(subjects, data, columns=mapping, metric=metric, seed=seed)
-            made: dict[tuple[str, str], list[Quality | None]] = {}
-            for target in parsed:
-                key = "cpu" if target.address else target.device, target.precision
-                if key not in made:
-                    step = screen.progress("evaluate")
-                    made[key] = [*judging.qualities(subjects, by, target, seed=seed, progress=step)]
-                qualities[str(target)] = made[key]
+            qualities |= _qualities(subjects, by, parsed, seed, screen)
 
         def work(target: targets.Target) -> list[list[Measurement]]:
             found = []
@@ -209,6 +204,23 @@ def measured(
 
         found = targets.at_once(parsed, work)
     return [taken for of_one in found for taken in of_one]
+
+
+def _qualities(
+    subjects: Sequence[Artifact], by: Judge, parsed: Sequence[Target], seed: int, screen: Screen
+) -> dict[str, list[Quality | None]]:
+    """The qualities of ``subjects`` by target; those that answer alike are judged once."""
+    from ..benchmarks import judge as judging
+
+    made: dict[tuple[str, str], list[Quality | None]] = {}
+    found = {}
+    for target in parsed:
+        key = "cpu" if target.address else target.device, target.precision
+        if key not in made:
+            step = screen.progress("evaluate")
+            made[key] = [*judging.qualities(subjects, by, target, seed=seed, progress=step)]
+        found[str(target)] = made[key]
+    return found
 
 
 def sweep_table(found: Sequence[dict[str, Any]]) -> None:
