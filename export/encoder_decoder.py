@@ -190,41 +190,57 @@ def costs(workload: Workload) -> dict[str, int]:
 def prove(workload: Workload, run: parity.Steps, *, precision: str) -> Parity:
     """Parity of a part: an encoder's keys and values, or a decoder's steps against the module that writes at once."""
     if is_encoder(workload):
-        encode = Encoder(workload.module, tuple(workload.example))
 
         def reference(feed: parity.Feeds) -> NDArray[Any]:
-            with torch.no_grad():
-                return _flat([one.numpy() for one in encode(*(torch.from_numpy(array) for array in feed.values()))])
+            return _flat([one.numpy() for one in encoded(workload, feed)])
 
         made = partial(parity.feeds, workload)
         return parity.prove_all(workload, lambda feed: _flat(run(feed)), reference, made, precision=precision)
-    own = [name for name in cache.names(workload.example) if CROSS not in name]
 
     def steps(feed: parity.Feeds) -> NDArray[Any]:
-        given = {name: array for name, array in feed.items() if name == "attention_mask" or CROSS in name}
-        kept: parity.Feeds = {}
-        if feed["past_ids"].size:
-            made = run({"decoder_input_ids": feed["past_ids"], **given})
-            kept = dict(zip(own, made[1:], strict=True))
-        return run({"decoder_input_ids": feed["decoder_input_ids"], **given, **kept})[0]
+        return run(step(workload, run, feed))[0]
 
     def module(feed: parity.Feeds) -> NDArray[Any]:
-        ids = np.concatenate([feed["past_ids"], feed["decoder_input_ids"]], axis=1)
-        mask = {name: torch.from_numpy(array) for name, array in feed.items() if name == "attention_mask"}
-        hidden = (torch.from_numpy(feed["encoder_outputs"]),)
-        with torch.no_grad():
-            made = workload.module(encoder_outputs=hidden, **mask, decoder_input_ids=torch.from_numpy(ids))
-        written: NDArray[Any] = made.logits[:, feed["past_ids"].shape[1] :].numpy()
+        written: NDArray[Any] = at_once(workload, feed)[:, feed[parity.PAST_IDS].shape[1] :].numpy()
         return written
 
-    return parity.check(steps, module, _feeds(workload), precision=precision, reference_name=parity.MODULE)
+    return parity.check(steps, module, feeds(workload), precision=precision, reference_name=parity.MODULE)
+
+
+def encoded(workload: Workload, feed: parity.Feeds) -> tuple[Tensor, ...]:
+    """The keys and values that the module's encoder gives."""
+    with torch.no_grad():
+        made: tuple[Tensor, ...] = Encoder(workload.module, tuple(feed))(*map(torch.from_numpy, feed.values()))
+    return made
+
+
+def step(workload: Workload, run: parity.Steps, feed: parity.Feeds) -> parity.Feeds:
+    """The inputs of a decoder's step: the tokens of ``feed`` after its past, and the keys and values that ``run`` gives
+    of it."""
+    before = feed[parity.PAST_IDS]
+    given = {name: array for name, array in feed.items() if name == "attention_mask" or CROSS in name}
+    own = [name for name in cache.names(workload.example) if CROSS not in name]
+    made = run({"decoder_input_ids": before, **given})[1:] if before.size else []
+    return {"decoder_input_ids": feed["decoder_input_ids"], **given, **dict(zip(own, made, strict=bool(made)))}
+
+
+def at_once(workload: Workload, feed: parity.Feeds) -> Tensor:
+    """The module's logits of the tokens before and after the past, written together: [batch, past + new,
+    vocabulary]."""
+    ids = np.concatenate([feed[parity.PAST_IDS], feed["decoder_input_ids"]], axis=1)
+    mask = {name: torch.from_numpy(array) for name, array in feed.items() if name == "attention_mask"}
+    hidden = (torch.from_numpy(feed["encoder_outputs"]),)
+    with torch.no_grad():
+        made = workload.module(encoder_outputs=hidden, **mask, decoder_input_ids=torch.from_numpy(ids))
+    logits: Tensor = made.logits
+    return logits
 
 
 def _flat(made: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate([one.reshape(len(one), -1) for one in made], axis=1)
 
 
-def _feeds(workload: Workload) -> Iterator[parity.Feeds]:
+def feeds(workload: Workload) -> Iterator[parity.Feeds]:
     """At each corner the tokens before and after a past, with what the module's own encoder has read, once for all."""
     pads, whole = workload.data.calibration.pads, cast(Any, workload.module)
     for (batch, length), corners in itertools.groupby(
@@ -237,10 +253,10 @@ def _feeds(workload: Workload) -> Iterator[parity.Feeds]:
         tensors = {name: torch.from_numpy(array) for name, array in read.items()}
         with torch.no_grad():
             hidden = whole.get_encoder()(**tensors)[0].numpy()
-            crossing = crossed([one.numpy() for one in Encoder(whole, tuple(tensors))(*tensors.values())])
+        crossing = crossed([one.numpy() for one in encoded(workload, read)])
         mask = {name: array for name, array in read.items() if name == "attention_mask"}
         for sizes in corners:
             past, new = sizes["past_sequence"], sizes["decoder_sequence"]
             ids = np.stack([np.resize(row, past + new) for row in made["decoder_input_ids"]])
-            written = {"decoder_input_ids": ids[:, past:], "past_ids": ids[:, :past]}
+            written = {"decoder_input_ids": ids[:, past:], parity.PAST_IDS: ids[:, :past]}
             yield {**written, **mask, "encoder_outputs": hidden, **crossing}

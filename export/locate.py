@@ -11,9 +11,9 @@ module, of whose layers the outputs are known. A step after a past is held again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from ..models.workload import Workload
 from . import cache as caching
-from . import parity
+from . import encoder_decoder, parity
+from .parity import PAST_IDS
+from .session import OnnxSession
 
 Feeds = Mapping[str, NDArray[Any]]
 Array = NDArray[Any]
-PAST_IDS = "past_ids"
-"""Beside the inputs of a step, the tokens whose keys and values are among them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,16 @@ class Departure:
     """Root mean square difference, in units of the reference's."""
     before: float
     """The largest of the same at the operators it reads from, 0 for the first."""
+
+
+@dataclass(frozen=True)
+class Case:
+    feeds: Feeds
+    """What a graph reads."""
+    module: Callable[[], object]
+    """Runs the module on the same."""
+    past: int = 0
+    """So many positions come first in what the module's layers put out, which a step of the graph does not have."""
 
 
 Look = Callable[[onnx.ModelProto, str, Feeds], "Array | None"]
@@ -61,17 +71,11 @@ def whence(
     """
     limit = parity.TOLERANCE.get(scheme, parity.INTEGER_TOLERANCE)
     look = look or _run
-    steps = bool(caching.names(workload.example))
-    for sizes in parity.corners(workload):
-        if steps and sizes["batch"] > 1:
-            continue  # rows that are padded answer something to that, which is not to be compared
-        feeds = _step(workload, graph, sizes) if steps else parity.feeds(workload, sizes)
-        if feeds is None:
-            continue
+    for case in _cases(workload, graph):
         if scheme == "fp32":
-            found = from_module(graph, workload, feeds, limit, look)
+            found = from_module(graph, workload, case, limit, look)
         else:
-            found = from_graph(graph, reference(), feeds, limit, look)
+            found = from_graph(graph, reference(), case.feeds, limit, look)
         if found:
             return (
                 f" It begins at '{found.operator}', whose output is {found.error:.2e} of its root mean square away; "
@@ -80,20 +84,32 @@ def whence(
     return ""
 
 
-def _step(workload: Workload, graph: onnx.ModelProto, sizes: Mapping[str, int]) -> Feeds | None:
-    """The inputs of a step of one row, with the past that ``graph`` gives, if it does, and the tokens of that."""
-    fed = parity.split(workload, sizes)
-    before, mask = fed[PAST_IDS], fed["attention_mask"]
-    past = {name: workload.example[name][:1, :, :0].numpy() for name in caching.names(workload.example)}
-    if before.shape[1]:
-        first = {"input_ids": before, "attention_mask": mask[:, : before.shape[1]], **past}
+def _cases(workload: Workload, graph: onnx.ModelProto) -> Iterator[Case]:
+    """At the corners of the declared shapes.
+
+    Of steps those of one row alone, where ``graph`` gives their past: several are padded, and what is answered to
+    padding is not to be compared.
+    """
+    corners = parity.corners(workload)
+    if encoder_decoder.is_decoder(workload):
+        yield from _steps(workload, graph, encoder_decoder.feeds(workload), encoder_decoder)
+    elif caching.names(workload.example):
+        yield from _steps(workload, graph, (parity.split(workload, sizes) for sizes in corners), parity)
+    else:
+        answers: Any = encoder_decoder.encoded if encoder_decoder.is_encoder(workload) else parity.answers
+        for feed in (parity.feeds(workload, sizes) for sizes in corners):
+            yield Case(feed, partial(answers, workload, feed))
+
+
+def _steps(workload: Workload, graph: onnx.ModelProto, feeds: Iterable[parity.Feeds], kind: Any) -> Iterator[Case]:
+    for feed in feeds:
+        if len(feed[PAST_IDS]) > 1:
+            continue
         try:
-            content = graph.SerializeToString()
-            session = onnxruntime.InferenceSession(content, _options(), providers=["CPUExecutionProvider"])
-            past = caching.kept(workload, session.run(None, first))
-        except Exception:  # ONNX Runtime's own derive from it alone; that the file is not proven is said anyway
-            return None
-    return {**fed, **past}
+            given = kind.step(workload, _session(graph).run, feed)
+        except Exception:  # noqa: S112 - ONNX Runtime's own derive from it alone; no look is worth an error
+            continue
+        yield Case(given, partial(kind.at_once, workload, feed), feed[PAST_IDS].shape[1])
 
 
 def from_graph(
@@ -107,7 +123,7 @@ def from_graph(
 
 
 def from_module(
-    graph: onnx.ModelProto, workload: Workload, feeds: Feeds, limit: float, look: Look | None = None
+    graph: onnx.ModelProto, workload: Workload, case: Case, limit: float, look: Look | None = None
 ) -> Departure | None:
     """The first layer of ``graph`` whose output is more than ``limit`` away from the module's; None where there is
     none. Of a layer that became several nodes it is the last that is compared."""
@@ -120,9 +136,9 @@ def from_module(
             last[path] = node.name, node.output[0]
 
     def reference(at: int) -> Array | None:
-        return _answer(workload, layers[list(last)[at]], feeds)
+        return _put_out(layers[list(last)[at]], case)
 
-    return _bisected(graph, list(last.values()), reference, feeds, limit, look=look or _run)
+    return _bisected(graph, list(last.values()), reference, case.feeds, limit, look=look or _run)
 
 
 def _bisected(
@@ -179,13 +195,9 @@ def _distance(ours: Array | None, theirs: Array | None) -> float:
 def _run(graph: onnx.ModelProto, name: str, feeds: Feeds) -> Array | None:
     """The tensor ``name`` of a graph; None where the runtime cannot give it."""
     try:
-        content = probed(graph, name).SerializeToString()
-        session = onnxruntime.InferenceSession(content, _options(), providers=["CPUExecutionProvider"])
-        wanted = {one.name for one in session.get_inputs()}
-        found: Array = session.run([name], {key: array for key, array in feeds.items() if key in wanted})[0]
+        return _session(probed(graph, name)).run(dict(feeds))[0]
     except Exception:  # ONNX Runtime's own derive from it alone, and no look is worth an error
         return None
-    return found
 
 
 def probed(graph: onnx.ModelProto, name: str) -> onnx.ModelProto:
@@ -197,25 +209,19 @@ def probed(graph: onnx.ModelProto, name: str) -> onnx.ModelProto:
     return found
 
 
-def _options() -> Any:
+def _session(graph: onnx.ModelProto) -> OnnxSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
-    return options
+    content = graph.SerializeToString()
+    return OnnxSession(onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]))
 
 
-def _answer(workload: Workload, layer: nn.Module, feeds: Feeds) -> Array | None:
-    """What ``layer`` puts out when the module reads ``feeds``; of a step, to the tokens after the past."""
+def _put_out(layer: nn.Module, case: Case) -> Array | None:
+    """What ``layer`` puts out where the module reads what the graph does; of a step, at the tokens after the past."""
     seen: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _, __, out: seen.append(out) if isinstance(out, Tensor) else None)
     try:
-        with torch.no_grad():
-            if PAST_IDS in feeds:
-                ids = torch.from_numpy(np.concatenate([feeds[PAST_IDS], feeds["input_ids"]], axis=1))
-                mask = torch.from_numpy(feeds["attention_mask"])
-                workload.module(input_ids=ids, attention_mask=mask, position_ids=caching.positions(mask, 0))
-            else:
-                workload.forward({name: torch.from_numpy(array) for name, array in feeds.items()})
+        case.module()
     finally:
         hook.remove()
-    past = feeds[PAST_IDS].shape[1] if PAST_IDS in feeds else 0
-    return seen[-1][:, past:].numpy() if seen and past else seen[-1].numpy() if seen else None
+    return seen[-1][:, case.past :].numpy() if seen and case.past else seen[-1].numpy() if seen else None

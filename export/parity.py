@@ -27,6 +27,9 @@ MODULE = "the PyTorch module"
 MOST_TOKENS = 1024
 """What a proof of steps reads at once: logits over a whole vocabulary are a hundred thousand numbers a token."""
 
+PAST_IDS = "past_ids"
+"""Beside the inputs of a step, the tokens before it, whose keys and values it reads."""
+
 Feeds = dict[str, NDArray[Any]]
 Run = Callable[[Feeds], NDArray[Any]]
 Steps = Callable[[Feeds], list[NDArray[Any]]]
@@ -111,11 +114,16 @@ def prove(workload: Workload, run: Run, *, precision: str, reference: str = MODU
     """Parity of a freshly written file with the module, at the corners of the declared range, on calibration rows."""
 
     def module(feed: Feeds) -> NDArray[Any]:
-        with torch.no_grad():
-            result: NDArray[Any] = workload.forward({n: torch.from_numpy(array) for n, array in feed.items()}).numpy()
+        result: NDArray[Any] = answers(workload, feed).numpy()
         return result
 
     return prove_all(workload, run, module, partial(feeds, workload), precision=precision, reference=reference)
+
+
+def answers(workload: Workload, feed: Feeds) -> Tensor:
+    """The module's."""
+    with torch.no_grad():
+        return workload.forward({name: torch.from_numpy(array) for name, array in feed.items()})
 
 
 def prove_all(
@@ -150,25 +158,38 @@ def prove_steps(workload: Workload, run: Steps, *, precision: str) -> Parity:
     Rows are padded on the left, each by another length; what is answered to padding says nothing.
     """
 
-    def steps(feed: Feeds) -> NDArray[Any]:
-        before, mask = feed["past_ids"], feed["attention_mask"]
-        past = before.shape[1]
-        made = run({"input_ids": before, "attention_mask": mask[:, :past]}) if past else None
-        kept = {} if made is None else cache.kept(workload, made)
-        logits = run({"input_ids": feed["input_ids"], "attention_mask": mask, **kept})[0]
-        whole: NDArray[Any] = logits * mask[:, past:, None]
-        return whole
-
-    def module(feed: Feeds) -> NDArray[Any]:
-        ids, mask = np.concatenate([feed["past_ids"], feed["input_ids"]], axis=1), feed["attention_mask"]
-        past = feed["past_ids"].shape[1]
-        whole = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        with torch.no_grad():
-            logits = workload.module(**whole, position_ids=cache.positions(whole["attention_mask"], 0)).logits
-        answered: NDArray[Any] = logits[:, past:].numpy() * mask[:, past:, None]
+    def real(logits: NDArray[Any], feed: Feeds) -> NDArray[Any]:
+        answered: NDArray[Any] = logits * feed["attention_mask"][:, feed[PAST_IDS].shape[1] :, None]
         return answered
 
+    def steps(feed: Feeds) -> NDArray[Any]:
+        return real(run(step(workload, run, feed))[0], feed)
+
+    def module(feed: Feeds) -> NDArray[Any]:
+        return real(at_once(workload, feed)[:, feed[PAST_IDS].shape[1] :].numpy(), feed)
+
     return prove_all(workload, steps, module, partial(split, workload), precision=precision)
+
+
+def step(workload: Workload, run: Steps, feed: Feeds) -> Feeds:
+    """The inputs of a step: the tokens of ``feed`` after its past, and the keys and values that ``run`` gives of it."""
+    before, mask = feed[PAST_IDS], feed["attention_mask"]
+    given = {"input_ids": feed["input_ids"], "attention_mask": mask}
+    if not before.size:
+        return given
+    made = run({"input_ids": before, "attention_mask": mask[:, : before.shape[1]]})
+    return {**given, **cache.kept(workload, made)}
+
+
+def at_once(workload: Workload, feed: Feeds) -> Tensor:
+    """The module's logits of the tokens before and after the past, read together: [batch, past + new, vocabulary]."""
+    ids = torch.from_numpy(np.concatenate([feed[PAST_IDS], feed["input_ids"]], axis=1))
+    mask = torch.from_numpy(feed["attention_mask"])
+    with torch.no_grad():
+        logits: Tensor = workload.module(
+            input_ids=ids, attention_mask=mask, position_ids=cache.positions(mask, 0)
+        ).logits
+    return logits
 
 
 def split(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
@@ -180,7 +201,7 @@ def split(workload: Workload, sizes: Mapping[str, int]) -> Feeds:
         padding = row % min(4, total)
         real = made["input_ids"][row][made["attention_mask"][row] == 1].numpy()
         ids[row, padding:], mask[row, :padding] = np.resize(real, total - padding), 0
-    return {"input_ids": ids[:, past:], "past_ids": ids[:, :past], "attention_mask": mask}
+    return {"input_ids": ids[:, past:], PAST_IDS: ids[:, :past], "attention_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -205,8 +226,8 @@ def check(run: Run, reference: Run, inputs: Iterable[Feeds], *, precision: str, 
     found: dict[tuple[int, ...], _Difference] = {}
     for feed in inputs:
         shape = tuple(next(iter(feed.values())).shape)
-        if "past_ids" in feed:
-            shape = (*shape, feed["past_ids"].shape[1])
+        if PAST_IDS in feed:
+            shape = (*shape, feed[PAST_IDS].shape[1])
         got = _ran(run, feed, f"the {precision} artifact", shape)
         found[shape] = _difference(got, _ran(reference, feed, reference_name, shape), shape)
     largest = max(1e-12, *(one.largest for one in found.values()))

@@ -102,19 +102,17 @@ def write(
         manifest = described.model_copy(update={**more, **costs})
         with open_session(Artifact(place, manifest), threads=torch.get_num_threads()) as opened:
             kept = reference.Recorder(opened.run)
-            if encoder_decoder.is_part(workload):
-                proof = encoder_decoder.prove(workload, kept.run, precision=plan.scheme)
-            else:
-                steps = bool(caching.names(workload.example))
-                try:
-                    if steps:
-                        proof = parity.prove_steps(workload, kept.run, precision=plan.scheme)
-                    else:
-                        proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
-                except ParityError as error:
-                    made = onnx.load(path)
-                    source = partial(_float_graph, workload, plan, made, usable)
-                    raise ParityError(f"{error}{locate.whence(workload, plan.scheme, made, source)}") from error
+            try:
+                if encoder_decoder.is_part(workload):
+                    proof = encoder_decoder.prove(workload, kept.run, precision=plan.scheme)
+                elif caching.names(workload.example):
+                    proof = parity.prove_steps(workload, kept.run, precision=plan.scheme)
+                else:
+                    proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=plan.scheme)
+            except ParityError as error:
+                made = onnx.load(path)
+                source = partial(_float_graph, workload, plan, made, usable)
+                raise ParityError(f"{error}{locate.whence(workload, plan.scheme, made, source)}") from error
         kept.save(place)
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
