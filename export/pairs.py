@@ -63,20 +63,20 @@ def _place(graph: ir.Graph, alike: Sequence[Product], plan: QuantizationPlan) ->
     """Products of one input, which is quantized once for them all."""
     first, smooth = alike[0], smoothing(alike[0], plan)
     value, label = first.input, first.node.name or first.name  # a module that runs twice has two nodes
+    if not smooth.size and _maker(value) is not value:
+        # Behind a move rounding is a kernel of its own, which OpenVINO has for float32 alone: it would convert bfloat16
+        # first. As part of a product with ones it is not.
+        smooth = np.ones(first.weight.shape[0], np.float32)
     if smooth.size:
         divide = ir.node("Mul", [value, constant(graph, f"{first.name}.smooth", 1 / smooth)], name=f"{label}/Smooth")
         graph.insert_before(first.node, divide)
         value = divide.outputs[0]
     spans = [plan.activations.get(product.name, (np.inf, -np.inf)) for product in alike]
     scale, zero = unsigned(min(low for low, _ in spans), max(high for _, high in spans), first.name)
-    if (made := _moved(value)) is not None:
-        _put_behind(graph, made, scale, zero, f"{label}/Input")
-    else:
-        quantize, back = _pair(graph, value, scale, zero, f"{label}/Input")
-        graph.insert_before(first.node, [quantize, back])
-        value = back.outputs[0]
+    quantize, back = _pair(graph, value, scale, zero, f"{label}/Input")
+    graph.insert_before(first.node, [quantize, back])
     for product in alike:
-        _place_product(graph, product, plan, value)
+        _place_product(graph, product, plan, back.outputs[0])
 
 
 def _place_product(graph: ir.Graph, product: Product, plan: QuantizationPlan, value: ir.Value) -> None:
@@ -108,31 +108,12 @@ def _place_attention(graph: ir.Graph, products: Sequence[Product], plan: Quantiz
         if makers and all(maker in ranges for maker in makers):
             wanted |= {maker: f"{node.name}/{side}" for maker, side in zip(makers, "AB", strict=True) if maker}
     for value, label in wanted.items():
-        _put_behind(graph, value, *_symmetric(*ranges[value]), label)
-
-
-def _put_behind(graph: ir.Graph, value: ir.Value, scale: Float, zero: Zero, label: str) -> None:
-    """Quantize and dequantize ``value`` where it is made, so that whoever reads it reads what comes out."""
-    producer = value.producer()
-    assert producer is not None
-    quantize, back = _pair(graph, value, scale, zero, label)
-    value.replace_all_uses_with(back.outputs[0])
-    quantize.replace_input_with(0, value)
-    graph.insert_after(producer, [quantize, back])
-
-
-def _moved(value: ir.Value) -> ir.Value | None:
-    """What ``value`` is a view of and nobody else reads; None where it is no view.
-
-    Rounding is the same before the move as behind it. Before it, it becomes part of the kernel that makes the numbers,
-    and the move has a quarter of the bytes to move; behind it, OpenVINO goes back to float32 for a kernel of its own.
-    """
-    origin = value
-    while (node := origin.producer()) is not None and node.op_type in MOVES and node.inputs[0] is not None:
-        origin = node.inputs[0]
-        if len(tuple(origin.uses())) != 1 or origin.is_graph_output():
-            return None
-    return None if origin is value or node is None else origin
+        producer = value.producer()
+        assert producer is not None
+        quantize, back = _pair(graph, value, *_symmetric(*ranges[value]), label)
+        value.replace_all_uses_with(back.outputs[0])
+        quantize.replace_input_with(0, value)
+        graph.insert_after(producer, [quantize, back])
 
 
 def _maker(value: ir.Value | None) -> ir.Value | None:

@@ -156,13 +156,16 @@ def test_scores_of_attention_are_computed_in_eight_bits(
     assert set(attention.values()) <= EIGHT_BITS, attention
 
 
-def test_what_attention_puts_out_is_rounded_where_it_is_made(
+def test_what_attention_puts_out_is_rounded_by_no_kernel_of_its_own(
     pruned: Any, base: Artifact, plans: dict[str, QuantizationPlan], tmp_path: Path
 ) -> None:
-    """By attention's own kernel, and not by one behind the transpose, unless channels are smoothed in between."""
+    """Whether its channels are smoothed or not; and the transpose before it moves floats, of which it is quicker."""
     plain = backend.write(pruned, replace(plans["int8"], smooth={}), tmp_path / "plain", base=base)
-    alone = [name for name, facts in kernels(plain).items() if facts["layerType"] == "FakeQuantize"]
-    assert not [name for name in alone if ".attention.output." in name], alone
+    found = {name: facts["layerType"] for name, facts in kernels(plain).items()}
+    assert "FakeQuantize" not in {kind for name, kind in found.items() if ".attention.output." in name}, found
+    moved = [facts for name, facts in kernels(plain).items() if facts["layerType"] == "Transpose" and ".self/" in name]
+    narrow = [facts for facts in moved if facts["runtimePrecision"] in EIGHT_BITS]
+    assert len(moved) == 4 and len(narrow) == 2, moved  # of the keys in 8 bits, of what comes out in floats
 
 
 def test_floats_are_computed_in_what_the_scheme_says(written: dict[str, Artifact]) -> None:
