@@ -5,6 +5,7 @@ EdgepressError         exit code 2   the base: one sentence that says what was w
 ├── UsageError         exit code 2   a word, a name or a combination of options that does not exist
 ├── UnavailableError   exit code 2   a missing extra, a missing runtime, or a part that does not exist yet
 ├── ParityError        exit code 2   an artifact that does not compute what it was made from, or did elsewhere
+├── PrecisionError     exit code 2   an engine whose products got another precision; see export/layers.py
 └── ConstraintError    exit code 3   the budget cannot be met; the best found is written all the same
 
 Any other exception is a defect of edgepress (exit code 1).

@@ -88,24 +88,21 @@ class PruningPlan:
     def from_json(cls, data: Any) -> PruningPlan:
         """The inverse of :meth:`to_json`; raises InputError on anything else."""
         try:
-            units = frozenset(
-                Unit(str(kind), int(layer), int(index))
+            listed = [
+                (str(kind), int(layer), index)
                 for kind, layers in data.items()
                 for layer, indices in layers.items()
-                for index in indices
-            )
+                for index in list[Any](indices)
+            ]
         except (AttributeError, TypeError, ValueError) as error:
             raise InputError(f"This is not a pruning plan ({{kind: {{layer: [index]}}}}): {error}.") from error
+        wrong = [index for _, _, index in listed if type(index) is not int]
+        if wrong:
+            raise InputError(f"A pruning plan lists units by whole numbers, not by {wrong[0]!r}.")
+        units = frozenset(Unit(*one) for one in listed)
         if any(unit.layer < 0 or unit.index < 0 for unit in units):
             raise InputError("A pruning plan holds a negative layer or index.")
         return cls(units)
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> PruningPlan:
-        return cls.from_json(read_json(path))
 
 
 def _nth_survivors(gone: frozenset[int], wanted: tuple[int, ...]) -> list[int]:
@@ -168,25 +165,13 @@ class QuantizationPlan:
     outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """All but the tensors."""
+        """All but the tensors, to tell two plans apart by."""
         return {
             "scheme": self.scheme,
             "weights": dict(self.weights),
             "activations": {name: list(span) for name, span in self.activations.items()},
             "outputs": {name: list(span) for name, span in self.outputs.items()},
         }
-
-    @classmethod
-    def from_json(cls, data: Any) -> QuantizationPlan:
-        try:
-            return cls(
-                scheme=str(data["scheme"]),
-                weights={str(name): str(kind) for name, kind in data["weights"].items()},
-                activations={str(name): (float(a), float(b)) for name, (a, b) in data["activations"].items()},
-                outputs={str(name): (float(a), float(b)) for name, (a, b) in data.get("outputs", {}).items()},
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"This is not a quantization plan: {error}.") from error
 
 
 def read_json(path: Path) -> Any:
@@ -195,5 +180,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of too many digits, too many brackets
         raise InputError(f"{path} is not valid JSON: {error}.") from error

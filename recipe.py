@@ -160,7 +160,7 @@ def read(path: Path) -> dict[str, Any]:
     """The mapping in a recipe file, not yet validated; the command line lays its own options over it."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError) as error:  # PyYAML's own scalars raise any
         raise InputError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise InputError(f"The recipe {path} does not hold a mapping of options.")

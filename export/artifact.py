@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from ..errors import InputError
 from ..files import sha256
@@ -27,22 +28,41 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+MOST_NUMBERS = 1 << 32
+"""What an input of one row can hold at most."""
+
+
 class Axis(_Strict):
     """A dynamic axis with the range in which parity was proven."""
 
     name: str
-    min: int
-    max: int
+    min: int = Field(ge=0)
+    max: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Axis:
+        if self.min > self.max:
+            raise ValueError(f"the range of {self.name} ends at {self.max} and begins at {self.min}")
+        return self
 
 
 class Input(_Strict):
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    shape: tuple[NonNegativeInt, ...]
     """Of one row; the size of a dynamic axis is an example."""
     axes: dict[str, Axis]
     """The dynamic axes, by their position."""
     below: int = 0
     """Whole numbers from 0 up to here, and not further, are what the model knows."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Input:
+        if math.prod(self.shape) > MOST_NUMBERS:
+            raise ValueError(f"a row of shape {list(self.shape)} is no input")
+        for place in self.axes:
+            if place not in {str(axis) for axis in range(len(self.shape))}:
+                raise ValueError(f"there is no axis '{place}' in the shape {list(self.shape)}")
+        return self
 
 
 class Session(_Strict):
@@ -198,7 +218,7 @@ def inputs_of(workload: Workload) -> dict[str, Input]:
             known = workload.skeleton.config.get("vocab_size") if name.endswith("input_ids") else None
             below = known if isinstance(known, int) else int(tensor.max()) + 1
         made[name] = Input(
-            dtype=str(tensor.dtype).removeprefix("torch."),
+            dtype=str(tensor.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # pydantic checks it
             shape=tuple(tensor.shape),
             axes={str(place): Axis(name=a.name, min=a.min, max=a.max) for place, a in axes.items()},
             below=below,
@@ -227,8 +247,10 @@ def open_artifact(folder: Path) -> Artifact:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{folder / MANIFEST} is not valid at '{where}': {first['msg']}.") from error
-    if manifest.model_file not in manifest.files:
-        raise InputError(f"{folder / MANIFEST} gives no checksum for '{manifest.model_file}'.")
+    stem = Path(manifest.model_file).stem  # runtimes look for a model's data beside it, under its name
+    beside = {path.name for path in folder.iterdir() if path.stem == stem}
+    for name in sorted({manifest.model_file, *beside} - manifest.files.keys()):
+        raise InputError(f"{folder / MANIFEST} gives no checksum for '{name}'.")
     for name, expected in manifest.files.items():
         if PurePosixPath(name).name != name or name in {"", ".", ".."}:
             raise InputError(f"{folder / MANIFEST} names the file '{name}', which is not a plain file name.")

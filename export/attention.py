@@ -56,6 +56,8 @@ def _fuse(graph: ir.Graph, softmax: ir.Node, wide: dict[ir.Value, ir.Value]) -> 
     key = _heads(scores.inputs[1], (0, 2, 3, 1)) or _heads(_before_transpose(scores.inputs[1], (0, 1, 3, 2)))
     if query is None or key is None or value is None or key.heads != value.heads or query.heads != key.heads:
         return False
+    if not _same_sizes(query.value.shape, merged.outputs[0].shape):
+        return False
     if mask is not None:
         if mask.shape is None or len(mask.shape) != 4:
             return False
@@ -141,7 +143,23 @@ def _heads(value: ir.Value | None, perm: tuple[int, ...] = (0, 2, 1, 3)) -> Head
     heads, size = shape[2], shape[3]
     if not isinstance(heads, int) or not isinstance(size, int) or flat.shape[2] != heads * size:
         return None
-    return Heads(flat, heads, size)
+    return Heads(flat, heads, size) if _same_rows(node) else None
+
+
+def _same_rows(reshape: ir.Node) -> bool:
+    """Whether a Reshape leaves batch and length as they are; windows, for one, become rows of their own."""
+    target = None if reshape.inputs[1] is None else ir.convenience.get_const_tensor(reshape.inputs[1])
+    if target is not None and not reshape.attributes.get_int("allowzero", 0) and not target.numpy()[:2].any():
+        return True
+    return reshape.inputs[0] is not None and _same_sizes(reshape.inputs[0].shape, reshape.outputs[0].shape)
+
+
+def _same_sizes(one: ir.Shape | None, other: ir.Shape | None) -> bool:
+    """Whether two shapes are known to begin with the same two sizes."""
+    if one is None or other is None:
+        return False
+    pairs = [(one[axis], other[axis]) for axis in (0, 1)]
+    return all(a == b and not (isinstance(a, ir.SymbolicDim) and a.value is None) for a, b in pairs)
 
 
 def _before_transpose(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:

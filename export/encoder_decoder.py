@@ -218,10 +218,12 @@ def step(workload: Workload, run: parity.Steps, feed: parity.Feeds) -> parity.Fe
     """The inputs of a decoder's step: the tokens of ``feed`` after its past, and the keys and values that ``run`` gives
     of it."""
     before = feed[parity.PAST_IDS]
+    kept: parity.Feeds = {}
     given = {name: array for name, array in feed.items() if name == "attention_mask" or CROSS in name}
     own = [name for name in cache.names(workload.example) if CROSS not in name]
-    made = run({"decoder_input_ids": before, **given})[1:] if before.size else []
-    return {"decoder_input_ids": feed["decoder_input_ids"], **given, **dict(zip(own, made, strict=bool(made)))}
+    for start, end in parity.halves(before.shape[1]):
+        kept = dict(zip(own, run({"decoder_input_ids": before[:, start:end], **given, **kept})[1:], strict=True))
+    return {"decoder_input_ids": feed["decoder_input_ids"], **given, **kept}
 
 
 def at_once(workload: Workload, feed: parity.Feeds) -> Tensor:

@@ -172,9 +172,15 @@ def build(
     return Engine(content, trt.__name__, trt.__version__, f"sm{wanted}" if wanted else "sm80+", found)
 
 
-def load(trt: ModuleType, log: Any, content: bytes) -> Any:
-    """The engine on the present GPU; UnavailableError with the library's own reason where it does not run there."""
-    found = trt.Runtime(log).deserialize_cuda_engine(content)
+def load(trt: ModuleType, log: Any, content: bytes, *, own: bool = False) -> Any:
+    """The engine on the present GPU; UnavailableError with the library's own reason where it does not run there.
+
+    Code for the CPU that an engine for other versions brings along is run of an ``own`` one only, which was built here.
+    """
+    runtime = trt.Runtime(log)
+    if own and hasattr(runtime, "engine_host_code_allowed"):
+        runtime.engine_host_code_allowed = True
+    found = runtime.deserialize_cuda_engine(content)
     if found is None:
         raise UnavailableError(f"{trt.__name__} {trt.__version__} cannot load this engine: {log.reason()}.")
     return found
@@ -189,8 +195,8 @@ def refit(trt: ModuleType, log: Any, engine: Any, graph: Path) -> None:
 
 
 def inspected(trt: ModuleType, log: Any, content: bytes) -> tuple[Layer, ...]:
-    """The layers by the engine inspector, which needs the GPU."""
-    inspector = load(trt, log, content).create_engine_inspector()
+    """The layers by the engine inspector, which needs the GPU, of an engine that was built here."""
+    inspector = load(trt, log, content, own=True).create_engine_inspector()
     return layers.of_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 

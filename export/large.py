@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 LARGEST = 1 << 30
 """Bytes of weights that stay in the graph's own file; half of what a protobuf holds, as passes add to a graph."""
@@ -29,6 +31,13 @@ def save(graph: onnx.ModelProto, path: Path) -> None:
         onnx.save(graph, path, save_as_external_data=True, location=beside, size_threshold=1024)
     else:
         onnx.save(graph, path)
+
+
+def inferred(graph: onnx.ModelProto) -> ir.Model:
+    """``graph`` with the types and shapes of what is in between; for that its weights are left out."""
+    model = ir.from_proto(graph)
+    passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    return model
 
 
 @contextmanager

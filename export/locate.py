@@ -27,6 +27,7 @@ from ..models.workload import Workload
 from . import cache as caching
 from . import encoder_decoder, parity
 from .parity import PAST_IDS
+from .reference import TOLERANCE
 from .session import OnnxSession
 
 Feeds = Mapping[str, NDArray[Any]]
@@ -69,7 +70,7 @@ def whence(
     ``reference`` makes the float graph, which is asked for where ``scheme`` has few bits. ``look`` runs ``graph``, by
     ONNX Runtime where nothing is given.
     """
-    limit = parity.TOLERANCE.get(scheme, parity.INTEGER_TOLERANCE)
+    limit = TOLERANCE.get(scheme, parity.INTEGER_TOLERANCE)
     look = look or _run
     for case in _cases(workload, graph):
         if scheme == "fp32":

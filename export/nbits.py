@@ -114,8 +114,9 @@ def _product(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants, *
     if missing:  # of a block that is not full OpenVINO makes floats; what is padded meets codes that stand for zeros
         amounts = added.add(f"{name}.pads", np.array([0, missing], dtype=np.int64))
         axes = added.add(f"{name}.axes", np.array([-1], dtype=np.int64))
-        made.append(helper.make_node("Pad", [inputs[0], amounts, "", axes], [f"{name}.padded"], f"{name}/Pad"))
-        inputs[0] = f"{name}.padded"
+        padded = f"{node.output[0]}.padded"  # a module that runs twice has two nodes
+        made.append(helper.make_node("Pad", [inputs[0], amounts, "", axes], [padded], f"{node.name}/Pad"))
+        inputs[0] = padded
     form: dict[str, Any] = {"K": columns + missing, "N": rows, "bits": codes.bits, "block_size": codes.block}
     made.append(
         helper.make_node(
@@ -138,8 +139,8 @@ def _look_up(node: onnx.NodeProto, name: str, codes: Codes, added: _Constants, *
             f"{name}.codes", np.ascontiguousarray(numbers.reshape(rows, -1)[:, : columns * codes.bits // 8])
         )
     else:
-        shape, table = added.add(f"{name}.shape", np.array([rows, -1], dtype=np.int64)), f"{name}.table"
+        shape, table = added.add(f"{name}.shape", np.array([rows, -1], dtype=np.int64)), f"{node.output[0]}.table"
         held = added.add(f"{name}.codes", numbers)
-        made.append(helper.make_node("Reshape", [held, shape], [table], f"{name}/Reshape"))
+        made.append(helper.make_node("Reshape", [held, shape], [table], f"{node.name}/Reshape"))
     look_up = helper.make_node("GatherBlockQuantized", [table, *inputs], node.output, node.name, domain=DOMAIN, **form)
     return [*made, look_up]

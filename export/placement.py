@@ -147,7 +147,8 @@ def smoothing(product: Product, plan: QuantizationPlan) -> Float:
 def _hasten_gelus(graph: ir.Graph) -> None:
     """GELU by tanh where the result is quantized anyway: 1e-3 off at most, a third faster than by erf."""
     for node in graph:
-        readers = _readers(node) if node.op_type == "Gelu" else set()
+        standard = node.op_type == "Gelu" and node.domain in {"", "ai.onnx"}  # ONNX Runtime's own has no such word
+        readers = _readers(node) if standard else set()
         if readers and readers <= {"QuantizeLinear", "DynamicQuantizeLinear"}:
             node.attributes["approximate"] = ir.AttrString("approximate", "tanh")
 

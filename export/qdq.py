@@ -28,6 +28,7 @@ from onnx_ir.passes import common as passes
 
 from ..errors import InputError
 from ..plan import QuantizationPlan
+from . import large
 from .attention import constant, take_place
 from .placement import Float, Product, siblings, signed, smoothing
 
@@ -63,7 +64,7 @@ def place(graph: onnx.ModelProto, plan: QuantizationPlan, scale_type: np.dtype[A
     Scales are float32 that ``scale_type`` holds exactly, so that the graph may be narrowed to it afterwards. Raises
     InputError where a range, a scale or a code of the plan does not fit the graph.
     """
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(graph))
+    model = large.inferred(graph)
     model.opset_imports[""] = max(OPSET, model.opset_imports[""])
     for alike in siblings(model.graph, plan):
         _place(model.graph, alike, plan, scale_type)

@@ -13,20 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
+from zlib import error as error_of_zlib
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, ParityError
+from ..errors import EdgepressError, InputError, ParityError
 from . import session
-from .artifact import Artifact
+from .artifact import MANIFEST, Artifact
 
 FILE = "reference.npz"
 CASES, MOST_BYTES, VALUES = 3, 2 << 20, 2048
 """How many inputs are kept, of how many bytes together, and how many values of an answer."""
 MOST_UNPACKED = 64 << 20
+MASKED = 1e30
+"""A number that is at least so far from 0 says "never", as the least number of a float type and infinity do: it is no
+measure of a difference."""
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
-"""Largest difference of a float precision's values, in units of the reference's largest one: that of parity."""
+"""Largest difference of a float precision's outputs, in units of the reference's largest one: also that of parity."""
 INTEGER_TOLERANCE = 0.02
 """Root mean square difference in units of the reference's, for integer precisions. The same codes come out of kernels
 that are right, but for rounding between them; kernels that saturate, as those of old CPUs do, are farther off."""
@@ -94,14 +98,24 @@ def verify(artifact: Artifact, *, threads: int = 1) -> Verified:
     if not cases:
         return Verified(0)
     with _opened(artifact, threads) as run:
-        found = [[Answer(array.shape, _spaced(array)) for array in run(case.feeds)] for case in cases]
+        found = [_answers(artifact, run, case) for case in cases]
     return judge(artifact, cases, found)
+
+
+def _answers(artifact: Artifact, run: Run, case: Case) -> list[Answer]:
+    try:
+        return [Answer(array.shape, _spaced(array)) for array in run(case.feeds)]
+    except EdgepressError:
+        raise
+    except Exception as error:  # each runtime has errors of its own
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ParityError(f"{artifact.folder} does not run here on its references: {why.rstrip('.')}.") from error
 
 
 def read(artifact: Artifact) -> tuple[Case, ...]:
     """The references that came with ``artifact``, which may be none; InputError where they are damaged."""
-    path = artifact.folder / FILE
-    if not path.is_file():
+    path, inputs = artifact.folder / FILE, artifact.manifest.inputs
+    if FILE not in artifact.manifest.files:
         return ()
     try:
         with ZipFile(path) as packed:
@@ -111,12 +125,14 @@ def read(artifact: Artifact) -> tuple[Case, ...]:
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored)
         numbers = sorted({int(name.split(".", 1)[0]) for name in arrays})
-    except (BadZipFile, OSError, ValueError) as error:
+    except (BadZipFile, OSError, ValueError, EOFError, MemoryError, error_of_zlib) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
     cases = []
     for number in numbers:
         marked = f"{number}.input."
         feeds = {name.removeprefix(marked): array for name, array in arrays.items() if name.startswith(marked)}
+        if not feeds or any(name not in inputs or array.dtype != inputs[name].dtype for name, array in feeds.items()):
+            raise InputError(f"{path} holds inputs that are not those of {artifact.folder / MANIFEST}.")
         answers: list[Answer] = []
         while (shape := arrays.get(f"{number}.shape.{len(answers)}")) is not None:
             values = arrays.get(f"{number}.values.{len(answers)}")
@@ -147,8 +163,16 @@ def _judged(
     artifact: Artifact, pairs: list[tuple[NDArray[np.float64], NDArray[np.float64]]], cases: int, where: str
 ) -> Verified:
     ours, theirs = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    if np.isnan(theirs).any():
+        raise InputError(f"{artifact.folder / FILE} holds values that are not numbers.")
+    masked = np.abs(theirs) >= MASKED
+    if not (ours[masked] * np.sign(theirs[masked]) >= MASKED).all():
+        raise ParityError(f"{artifact.folder} does not rule out {where} what it did where it was proven.")
+    ours, theirs = ours[~masked], theirs[~masked]
     if not np.isfinite(ours).all():
         raise ParityError(f"{artifact.folder} gives values {where} that are not finite.")
+    if not ours.size:
+        raise InputError(f"{artifact.folder / FILE} has no value to compare with.")
     largest, spread = max(np.abs(theirs).max(), 1e-12), max(np.sqrt(np.square(theirs).mean()), 1e-12)
     max_abs = float(np.abs(ours - theirs).max())
     if artifact.precision in TOLERANCE:
@@ -156,7 +180,7 @@ def _judged(
     else:
         error = float(np.sqrt(np.square(ours - theirs).mean()) / spread)
         limit, unit = INTEGER_TOLERANCE, "root mean square"
-    if error > limit:
+    if not error <= limit:
         raise ParityError(
             f"{artifact.folder} does not compute {where} what it computed where it was proven: {error:.2e} of the "
             f"{unit} away, where {limit:.2g} is allowed in {artifact.precision}."

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, UnavailableError, UsageError
 from .artifact import Artifact, Session
-from .generate import PAST
+
+PAST = "past_key_values."
+"""How the names of inputs begin that are keys and values; as in ``generate.py``, which stands alone."""
 
 
 @contextmanager
@@ -22,7 +24,10 @@ def open_onnx(artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> I
     """Open an artifact, on "cpu" or "cuda"; ``threads`` is the size of the pool that one operator is split over."""
     if device not in {"cpu", "cuda"}:
         raise UsageError(f"The onnx runtime runs on 'cpu' or 'cuda', not on '{device}'.")
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnavailableError("ONNX Runtime is missing: pip install onnxruntime brings it.") from error
 
     providers: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":

@@ -10,7 +10,7 @@ Source: Micikevicius et al. 2018 (arXiv 1710.03740), section 3.3; TensorRT docum
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -19,10 +19,11 @@ from ml_dtypes import finfo
 from onnx_ir.passes import common as passes
 
 from ..errors import InputError
+from . import large
 
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-NARROW = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Gather", "DequantizeLinear"}
-"""Always computed in the narrow type; of a Gather this is said of its table, of a DequantizeLinear of its scale."""
+NARROW = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "DequantizeLinear"}
+"""Always computed in the narrow type, as is a Gather from a table; of a DequantizeLinear this is said of its scale."""
 PROTECTED = {
     "LayerNormalization",
     "RMSNormalization",
@@ -55,7 +56,7 @@ def narrow(graph: onnx.ModelProto, scheme: str) -> onnx.ModelProto:
 
     Raises InputError, naming the operator, where a weight of a product is beyond the type's range.
     """
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(graph))
+    model = large.inferred(graph)
     writer = _Writer(model.graph, TYPES[scheme])
     for node in list(model.graph):
         writer.visit(node)
@@ -109,9 +110,14 @@ class _Writer:
         if node.op_type in PROTECTED:
             self._narrow_output(node)
 
-    def _type(self, node: ir.Node, floats: Iterable[ir.Value]) -> ir.DataType:
+    def _type(self, node: ir.Node, floats: Sequence[ir.Value]) -> ir.DataType:
         if node.op_type in NARROW:
             return self.dtype
+        if (
+            node.op_type == "Gather"
+        ):  # of anything but a table, a mask with the least float in it for one, it only picks
+            wide = ir.convenience.get_const_tensor(floats[0]) is None and floats[0].dtype == ir.DataType.FLOAT
+            return ir.DataType.FLOAT if wide else self.dtype
         if node.op_type in PROTECTED | WIDE:
             return ir.DataType.FLOAT
         constants = [value for value in floats if ir.convenience.get_const_tensor(value) is not None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,9 +31,17 @@ def recurrent(workload: Workload) -> list[str]:
 
 
 def tables(workload: Workload) -> list[str]:
-    """Every large embedding table."""
+    """Every large embedding table that is looked up in; an encoder-decoder's ``shared`` holds weights alone."""
     children = workload.module.named_modules()
-    return [name for name, child in children if isinstance(child, nn.Embedding) and child.weight.numel() >= LARGE]
+    large = {
+        name: child for name, child in children if isinstance(child, nn.Embedding) and child.weight.numel() >= LARGE
+    }
+    read: set[nn.Module] = set()
+    with ExitStack() as stack, torch.no_grad():
+        for child in large.values():
+            stack.callback(child.register_forward_hook(lambda module, *_: read.add(module)).remove)
+        workload.forward(workload.example)
+    return [name for name, child in large.items() if child in read]
 
 
 def _inside(workload: Workload) -> list[tuple[str, nn.Module]]:

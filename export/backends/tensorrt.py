@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,14 +26,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import InputError, UnavailableError, UsageError
+from ...errors import InputError, ParityError, UnavailableError, UsageError
 from ...files import new_folder
 from ...models.dequantize import dequantized
 from ...models.workload import Workload
 from ...plan import QuantizationPlan
 from .. import artifact as artifacts
 from .. import engine as engines
-from .. import layers, parity, qdq, reference, typed
+from .. import large, layers, parity, qdq, reference, typed
 from ..artifact import Artifact
 from ..placement import names
 from . import onnx as onnx_backend
@@ -85,12 +85,12 @@ def write(
     with new_folder(folder) as place:
         float_graph = onnx.load(base.model_file) if base and not plan.state else None
         graph = typed_graph(float_graph or onnx_backend.export(dequantized(workload, plan)), plan)
-        onnx.save(graph, place / SOURCE_FILE)
         zeros = layers.sparse(graph) if sparse else []
         if sparse and not zeros:
             raise InputError(
                 f"No weight of {workload.name} follows 2:4; 'edgepress prune --sparsity 2:4' makes such ones."
             )
+        large.save(graph, place / SOURCE_FILE)
         built = engines.build(
             place / SOURCE_FILE,
             profile,
@@ -110,7 +110,7 @@ def write(
             "tools": {**tools, built.library: built.version},
         }
         manifest = described.model_copy(update=more)
-        proof = _prove(workload, Artifact(place, manifest), graph)
+        proof = _prove(workload, Artifact(place, manifest))
         manifest = artifacts.seal_proven(place, manifest, proof, workload)
     return Artifact(folder, manifest)
 
@@ -166,20 +166,34 @@ def ranges(workload: Workload, tuned: Mapping[str, int]) -> dict[str, engines.Ra
     return found
 
 
-def _prove(workload: Workload, artifact: Artifact, graph: onnx.ModelProto) -> artifacts.Parity:
-    """Parity of the engine with the module, whose references are kept, or of its graph where it cannot run here."""
+def _prove(workload: Workload, artifact: Artifact) -> artifacts.Parity:
+    """Parity of the engine with the module, whose references are kept, or of its graph where it cannot be loaded here.
+
+    Raises ParityError where it can be, and does not run then.
+    """
     precision = artifact.precision
-    try:
-        with open_session(artifact) as session:
-            kept = reference.Recorder(session.run)
+    with ExitStack() as stack:
+        try:
+            session = stack.enter_context(open_session(artifact))
+        except UnavailableError:
+            return _prove_graph(workload, artifact.folder / SOURCE_FILE, precision)
+        kept = reference.Recorder(session.run)
+        try:
             proof = parity.prove(workload, lambda feed: kept.run(feed)[0], precision=precision)
-        kept.save(artifact.folder)
-        return proof
-    except UnavailableError:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-        content = (typed.emulated(graph) if precision == "bf16" else graph).SerializeToString()
-        runner = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except UnavailableError as error:
+            raise ParityError(f"The engine of {workload.name} does not run: {error}") from error
+    kept.save(artifact.folder)
+    return proof
+
+
+def _prove_graph(workload: Workload, path: Path, precision: str) -> artifacts.Parity:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    with ExitStack() as stack:
+        source: bytes | Path = path
+        if precision == "bf16":
+            source = stack.enter_context(large.readable(typed.emulated(onnx.load(path))))
+        runner = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         name = "the PyTorch module, by the engine's graph on the CPU"
         return parity.prove(workload, lambda feed: runner.run(None, feed)[0], precision=precision, reference=name)
 

@@ -14,7 +14,6 @@ from edgepress.compress.quantize.calibrate import OBSERVERS
 from edgepress.compress.quantize.sensitivity import Trials
 from edgepress.errors import UsageError
 from edgepress.models.data import Data
-from edgepress.plan import QuantizationPlan
 
 
 def test_every_model_has_a_plan_that_computes(any_model: str, with_rows: Callable[..., Any]) -> None:
@@ -32,7 +31,6 @@ def test_every_model_has_a_plan_that_computes(any_model: str, with_rows: Callabl
     assert all(plan.state[name].shape == before[name].shape for name in plan.state)
     assert plan.smooth.keys() <= plan.activations.keys()
     assert all(bool((scales > 0).all()) for scales in plan.smooth.values())
-    assert QuantizationPlan.from_json(plan.to_json()) == plan
     distance = Trials(workload, rows=10, seed=0).distance(plan, list(plan.weights))
     assert 0 < distance < 0.1
 

@@ -169,6 +169,19 @@ def test_a_file_that_forgets_its_past_is_refused(llama: Workload, exported: Arti
         assert parity.prove_steps(step, session.run, precision="fp32").max_rel < 1e-5
 
 
+def test_keys_and_values_after_a_past_are_proven_too(llama: Workload, exported: Artifact) -> None:
+    step = cache.with_past(llama, TOKENS)
+    with open_session(exported) as session:
+
+        def lost(feeds: dict[str, Any]) -> list[Any]:
+            logits, *kept = session.run(feeds)
+            follows = any(array.shape[2] for name, array in feeds.items() if "past" in name)
+            return [logits, *(0 * array if follows else array for array in kept)]
+
+        with pytest.raises(parity.ParityError, match="away"):
+            parity.prove_steps(step, lost, precision="fp32")
+
+
 def test_what_cannot_keep_any_is_refused(workload: Any, llama: Workload, exported: Artifact, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="BertForSequenceClassification"):
         ep.export(workload, tmp_path / "x", cache=TOKENS)

@@ -9,6 +9,7 @@ import edgepress as ep
 import numpy as np
 import pytest
 import torch
+from edgepress.compress.quantize import choice
 from edgepress.errors import UnavailableError, UsageError
 from edgepress.export import cache, encoder_decoder, generate
 from edgepress.export.artifact import Artifact
@@ -122,6 +123,16 @@ def test_in_fewer_bits(pruned: Workload, written: list[Artifact], tmp_path: Path
     named = [set(one.manifest.quantized) for one in small]
     without = {"shared", "model.encoder.embed_positions"}  # no operator of a graph has their names
     assert named[0] | named[1] == set(plan.weights) - without
+
+
+def test_tables_that_nothing_is_looked_up_in_stay_as_they_are(
+    pruned: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T5's ``shared`` holds the weights of two tables and is read by nobody, so no graph has a look-up in it."""
+    monkeypatch.setattr(choice, "LARGE", 1)
+    found = set(choice.tables(pruned))
+    assert len([name for name in found if "embed_tokens" in name]) == (2 if "input_ids" in pruned.example else 1)
+    assert "shared" not in found
 
 
 def test_what_has_no_parts_is_refused(workload: Any, pruned: Workload, tmp_path: Path) -> None:

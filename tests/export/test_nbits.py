@@ -100,6 +100,27 @@ def test_against_dequantization(bits: int, symmetric: bool, gemm: bool, rows: in
     np.testing.assert_allclose(z, wanted[ids], rtol=1e-6)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_module_that_runs_twice(whole: bool) -> None:
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    codes = blocks.to_nearest(weight, bits=4, block=16, symmetric=False)
+    model = graph(weight, gemm=False)
+    for node in list(model.graph.node)[1:]:
+        again = onnx.NodeProto()
+        again.CopyFrom(node)
+        again.name, again.output[0] = f"{node.name}_2", f"{node.output[0]}2"
+        model.graph.node.append(again)
+        value = next(one for one in model.graph.output if one.name == node.output[0])
+        model.graph.output.add().CopyFrom(value)
+        model.graph.output[-1].name = again.output[0]
+    nbits.rewrite(model, both(codes), whole=whole)
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": np.ones((2, 40), np.float32), "ids": np.array([[0, 3]])})
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[3])
+
+
 def test_what_does_not_fit_is_refused() -> None:
     weight = torch.ones(8, 32)
     codes = blocks.to_nearest(weight, bits=4, block=32, symmetric=False)

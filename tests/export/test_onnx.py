@@ -138,6 +138,9 @@ def test_a_plan_for_another_model_is_refused(pruned: Any, exported: Any, tmp_pat
         write(pruned, QuantizationPlan("int8-dynamic", {"bert.layer.7": "int8"}), tmp_path / "x", base=exported)
 
 
+AXIS = {"name": "sequence", "min": 1, "max": 4}
+
+
 @pytest.fixture
 def copied(exported: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "copy"
@@ -162,12 +165,31 @@ def test_every_byte_is_checked(copied: Path) -> None:
         ({"model_file": "other.onnx"}, "no checksum"),
         ({"format": 9}, "format"),
         ({"surprise": 1}, "surprise"),
+        ({"inputs": {"x": {"dtype": "floaty", "shape": [1], "axes": {}}}}, "dtype"),
+        ({"inputs": {"x": {"dtype": "int64", "shape": [1, -4], "axes": {}}}}, "shape"),
+        ({"inputs": {"x": {"dtype": "int64", "shape": [1, 1 << 45], "axes": {}}}}, "is no input"),
+        ({"inputs": {"x": {"dtype": "int64", "shape": [1, 4], "axes": {"7": AXIS}}}}, "no axis '7'"),
+        ({"inputs": {"x": {"dtype": "int64", "shape": [1, 4], "axes": {"q": AXIS}}}}, "no axis 'q'"),
+        ({"inputs": {"x": {"dtype": "int64", "shape": [1, 4], "axes": {"1": {**AXIS, "min": 9}}}}}, "ends at 4"),
     ],
 )
 def test_hostile_manifests(copied: Path, change: dict[str, Any], message: str) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps({**manifest, **change}))
     with pytest.raises(InputError, match=message):
+        open_artifact(copied)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 10_000, "\x00", '{"a": '])
+def test_manifests_that_are_no_json(copied: Path, text: str) -> None:
+    (copied / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match="not valid"):
+        open_artifact(copied)
+
+
+def test_weights_that_no_checksum_covers(copied: Path) -> None:
+    (copied / "model.data").write_bytes(b"other weights")
+    with pytest.raises(InputError, match=r"no checksum for 'model\.data'"):
         open_artifact(copied)
 
 

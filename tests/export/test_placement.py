@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from edgepress.compress.quantize import int8, int8_dynamic
 from edgepress.errors import InputError
-from edgepress.export import parity
+from edgepress.export import attention, parity
 from edgepress.export.backends.onnx import export, write
 from edgepress.export.placement import place
 from edgepress.plan import Codes, QuantizationPlan
@@ -160,6 +161,57 @@ def test_fused_attention_heeds_the_mask(workload: Any) -> None:
         wanted = workload.forward({name: torch.from_numpy(array) for name, array in feeds.items()}).numpy()
     for inputs in (feeds, other):
         np.testing.assert_allclose(session.run(None, inputs)[0], wanted, atol=1e-4)
+
+
+HEADS = """<ir_version: 10, opset_import: ["" : 20]>
+heads (float[2,32,16] x) => (float[2,32,16] y) {{
+    apart = Constant<value = int64[4] {{{apart}}}> ()
+    together = Constant<value = int64[3] {{2, 32, 16}}> ()
+    parts = Reshape (x, apart)
+    query = Transpose<perm = [0, 2, 1, 3]> (parts)
+    key = Transpose<perm = [0, 2, 3, 1]> (parts)
+    scores = MatMul (query, key)
+    shares = Softmax<axis = -1> (scores)
+    mixed = MatMul (shares, query)
+    turned = Transpose<perm = [0, 2, 1, 3]> (mixed)
+    y = Reshape (turned, together)
+}}"""
+
+
+@pytest.mark.parametrize(("apart", "fused"), [("2, 32, 2, 8", 1), ("0, 0, 2, 8", 1), ("8, 8, 2, 8", 0)])
+def test_attention_within_windows_is_not_that_over_all(apart: str, fused: int) -> None:
+    graph = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(HEADS.format(apart=apart)))
+    model = ir.from_proto(graph)
+    assert attention.fuse(model) == fused
+    feeds = {"x": np.random.default_rng(0).normal(size=(2, 32, 16)).astype(np.float32)}
+    before, after = (
+        onnxruntime.InferenceSession(one.SerializeToString()).run(None, feeds)[0] for one in (graph, ir.to_proto(model))
+    )
+    np.testing.assert_allclose(before, after, atol=1e-5)
+
+
+def test_a_gelu_of_onnx_runtime_stays_what_it_is() -> None:
+    """It has no approximation; a graph with one would not load."""
+    text = """<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+    two (float[N,8] x, float[8,16] up, float[16,8] down) => (float[N,8] y) {
+        wide = MatMul (x, up)
+        hidden = com.microsoft.Gelu (wide)
+        y = MatMul (hidden, down)
+    }"""
+    graph = onnx.parser.parse_model(text)
+    random = np.random.default_rng(0)
+    for name, value in (("up", random.normal(size=(8, 16))), ("down", random.normal(size=(16, 8)))):
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(value.astype(np.float32), name))
+    del graph.graph.input[1:]
+    for node, name in zip(graph.graph.node, ("up", "act", "down"), strict=True):
+        node.name = name
+    placed = place(
+        onnx.shape_inference.infer_shapes(graph), QuantizationPlan("int8-dynamic", {"up": "int8", "down": "int8"})
+    )
+    feeds = {"x": random.normal(size=(4, 8)).astype(np.float32)}
+    wanted = onnxruntime.InferenceSession(graph.SerializeToString()).run(None, feeds)[0]
+    found = onnxruntime.InferenceSession(placed.SerializeToString()).run(None, feeds)[0]
+    assert np.abs(wanted - found).max() < 0.05 * np.abs(wanted).max()
 
 
 def test_rows_of_a_table_have_their_own_scales(workload: Any) -> None:

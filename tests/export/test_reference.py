@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ import onnx
 import pytest
 import torch
 from edgepress.errors import InputError, ParityError
-from edgepress.export import reference
+from edgepress.export import generate, reference, session
 from edgepress.export.artifact import Artifact, open_artifact, seal
 from edgepress.export.backends import onnx as backend
 from edgepress.plan import QuantizationPlan
@@ -126,6 +127,43 @@ def test_references_that_are_no_references(copied: Path) -> None:
         packed.writestr("0.input.input_ids.npy", bytes(reference.MOST_UNPACKED + 1))
     with pytest.raises(InputError, match="far more than references do"):
         reference.verify(_resealed(copied))
+
+
+def test_references_of_another_model(copied: Path) -> None:
+    path = copied / reference.FILE
+    with np.load(path) as stored:
+        whole = dict(stored)
+    wrong: list[dict[str, Any]] = [
+        {name: array for name, array in whole.items() if ".input." not in name},
+        {**whole, "0.input.input_ids": whole["0.input.input_ids"].astype(np.float32)},
+        {**whole, "0.input.surprise": whole["0.input.input_ids"]},
+    ]
+    for arrays in wrong:
+        np.savez(path, **arrays)
+        with pytest.raises(InputError, match="holds inputs that are not those of"):
+            reference.verify(_resealed(copied))
+    np.savez(path, **{**whole, "0.values.0": whole["0.values.0"] * np.nan})
+    with pytest.raises(InputError, match="not numbers"):
+        reference.verify(_resealed(copied))
+    np.savez(path, **{**whole, "0.input.input_ids": whole["0.input.input_ids"] + (1 << 40)})
+    with pytest.raises(ParityError, match="does not run here"):
+        reference.verify(_resealed(copied))
+
+
+def test_a_reference_that_claims_to_be_enormous(copied: Path) -> None:
+    header = io.BytesIO()
+    claim = {"descr": "<f4", "fortran_order": False, "shape": (1 << 44,)}
+    np.lib.format.write_array_header_1_0(header, claim)  # type: ignore[no-untyped-call]
+    with zipfile.ZipFile(copied / reference.FILE, "w") as packed:
+        packed.writestr("0.input.input_ids.npy", header.getvalue())
+    with pytest.raises(InputError, match="cannot be read"):
+        reference.verify(_resealed(copied))
+
+
+def test_one_runtime_alone_is_enough() -> None:
+    done = _run("import edgepress.export.reference", blocked=("torch", "onnx", "onnxruntime"))
+    assert done.returncode == 0, done.stderr
+    assert generate.PAST == session.PAST
 
 
 def test_long_answers_are_kept_in_part() -> None:
