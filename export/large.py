@@ -5,6 +5,7 @@ They are in one file, ``NAME.data`` beside ``NAME.onnx``, which every runtime fi
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ def save(graph: onnx.ModelProto, path: Path) -> None:
     if is_large(graph):
         beside = path.with_suffix(".data").name
         onnx.save(graph, path, save_as_external_data=True, location=beside, size_threshold=1024)
+        shutil.copymode(path, path.with_name(beside))  # onnx keeps it to its owner
     else:
         onnx.save(graph, path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,11 @@ def test_more_than_two_gigabytes_of_weights(tmp_path: Path) -> None:
     print(f"{params:,} parameters: exported in {peak / 2**30:.1f} GiB, verified in {needed / 2**30:.1f} GiB")
     assert peak < 6 * 4 * params
     assert needed < 3 * 4 * params
+    shutil.rmtree(tmp_path / "out")
+    engine = ("--to", "tensorrt", "--scheme", "fp16", "--capability", "sm89")
+    said, peak = _run("export", tmp_path / "big", *engine, "--json", "-o", tmp_path / "engine")
+    print(f"as an engine in {peak / 2**30:.1f} GiB")
+    assert json.loads(said)["parity"]["max_rel"] < 1e-2
+    files = {path.name: path.stat().st_size for path in (tmp_path / "engine").iterdir()}
+    assert files["model.engine"] > 2 * params
+    assert files["source.data"] > 2 * params
