@@ -103,8 +103,6 @@ def write_artifact(
     rotate: bool = False,
     options: dict[str, Any] | None = None,
 ) -> None:
-    from dataclasses import asdict
-
     from ..benchmarks import mixed
     from ..compress import quantize as quantizers
     from ..compress.quantize.distilled import distilled
@@ -147,6 +145,13 @@ def write_artifact(
         else:
             artifacts, word = [write(workload, out)], ""
         quality = _judged(workload, artifacts, runtime, screen, seed, joined=word == "parts")
+    _show(artifacts, quality, out, word, as_json=as_json)
+
+
+def _show(artifacts: Sequence[Artifact], quality: Quality | None, out: Path, word: str, *, as_json: bool) -> None:
+    """What was written; several are the ``word``, towers or parts, of one model in ``out``."""
+    from dataclasses import asdict
+
     parts: list[dict[str, Any]] = []
     for one in artifacts:
         assert one.manifest.parity is not None
