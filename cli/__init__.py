@@ -59,7 +59,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as ended:
         if ended.code == INTERRUPTED and first():
-            print(f"edgepress: interrupted{_KEPT.get(sys.argv[1], '')}.", file=sys.stderr)
+            print(f"edgepress: interrupted{_KEPT.get(''.join(sys.argv[1:2]), '')}.", file=sys.stderr)
         raise
     except Exception as error:
         if verbose:

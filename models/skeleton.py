@@ -50,20 +50,20 @@ class Skeleton:
             module, given = functions.module_and_example(self.architecture)
             return module, families.of_module(module), given
         module = self.build()
-        most = longest(module.config)
-        if length > most:
-            raise InputError(f"The sequence length {length} is not one of the {most} positions of config.json.")
         with self._told():
+            most = longest(module.config)
+            if length > most:
+                raise InputError(f"The sequence length {length} is not one of the {most} positions of config.json.")
             return module, self.family, example(module, self.family.inputs, length)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Whatever the library raises where a configuration makes no sense to it, as an InputError."""
+        """Whatever the library, or the folder's own code, raises where a configuration makes no sense to it."""
         try:
             yield
         except EdgepressError:
             raise
-        except Exception as error:
+        except Exception as error:  # it raises what its parts raise
             why = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
             raise InputError(f"config.json does not describe a {self.family.name} model: {why}.") from error
 
