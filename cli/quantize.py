@@ -106,7 +106,9 @@ def quantize(
     if model.endswith(".onnx"):
         if any((columns, max_drop, target, batch, seq, metric, steps, rotate, trust_remote_code)):
             raise UsageError("An .onnx file takes --data with an .npz file of its inputs, --scheme and -o alone.")
-        _write_file(Path(model), data, scheme, out or Path(f"{Path(model).stem}-{scheme}.onnx"), as_json=json_)
+        out = out or Path(f"{Path(model).stem}-{scheme}.onnx")
+        check_writable(out.parent)
+        _write_file(Path(model), data, scheme, out, as_json=json_)
         return
     out = out or Path("quantized")
     if steps and (max_drop is not None or scheme not in {"int8", "int8-dynamic"}):

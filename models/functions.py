@@ -1,8 +1,8 @@
 """Models from a Python function, ``package.module:function``, that the user names on the command line.
 
 The function takes no arguments and returns a module and one row of its inputs: ``(module, example)``, where ``example``
-is a tensor, a tuple of tensors or a mapping of tensors by argument name. What is in 16 bits becomes float32. It runs only
-because the user named it; a file never makes it run.
+is a tensor, a tuple of tensors or a mapping of tensors by argument name. What is in 16 bits becomes float32. It runs
+only because the user named it; a file never makes it run.
 """
 
 from __future__ import annotations

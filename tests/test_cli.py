@@ -301,6 +301,7 @@ def test_labels_the_wrong_way_round(
         (["score", "zoo:minilm-reviews", "-o", "/dev/null/scores.csv"], "/dev/null cannot be written"),
         (["inspect", "zoo:minilm-reviews", "-o", "/dev/null"], "/dev/null cannot be written"),
         (["sensitivity", "zoo:minilm-reviews", "-o", "/dev/null/a.svg"], "/dev/null cannot be written"),
+        (["quantize", "any.onnx", "-o", "/dev/null/out.onnx"], "/dev/null cannot be written"),
         (["bench", "nowhere", "--profile", "-o", "/dev/null"], "/dev/null cannot be written"),
         (["compare", "zoo:minilm-reviews", "-o", "/dev/null/a.md"], "/dev/null cannot be written"),
         (["bench", "nowhere"], "no artifact folder"),
