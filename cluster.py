@@ -139,5 +139,5 @@ def _work(asked: dict[str, Any], runs: str, key: str, mark: str) -> tuple[Ending
 
 
 def _unpacked(packed: bytes, folder: Path) -> None:
-    with new_folder(folder) as place, tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+    with new_folder(folder, ours=True) as place, tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         archive.extractall(place, filter="data")

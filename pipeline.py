@@ -613,7 +613,7 @@ class _Run:
         )
         chosen = rows[best]["name"] if best else None
         shutil.rmtree(self.out / examples.FOLDER, ignore_errors=True)  # of another run's choice
-        with new_folder(self.out / "artifact") as place:
+        with new_folder(self.out / "artifact", ours=True) as place:
             shutil.copytree(variants[best].artifact.folder, place, dirs_exist_ok=True)
         write_text(path, "".join(json.dumps(m.to_json()) + "\n" for m in measured))
         outcome = Outcome(self.out, rows[0], rows[1:], chosen, self.refused, missing)
@@ -637,7 +637,7 @@ class _Run:
         if best is original:
             return
         _, folder, _ = self.stages.run("examples", {"original": original.key, "best": best.key}, make)
-        with new_folder(self.out / examples.FOLDER) as copy:
+        with new_folder(self.out / examples.FOLDER, ours=True) as copy:
             shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))
 
     def _summary(self, outcome: Outcome, measured: list[Measurement], best: Variant) -> dict[str, Any]:

@@ -36,6 +36,13 @@ for _command in (
 ):
     app.command()(_command)
 
+INTERRUPTED = 130
+"""The exit code that typer makes of Ctrl-C."""
+_KEPT = {
+    "compress": "; finished stages are kept, and --resume goes on from there",
+    "sweep": "; what has finished is kept, and the same command goes on from there",
+}
+
 
 def main() -> None:
     """Run the command line; ends the process with the exit codes of errors.py."""
@@ -50,9 +57,10 @@ def main() -> None:
         if first():  # all processes come to the same error
             print(f"edgepress: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("edgepress: interrupted; finished stages are kept, and --resume goes on from there.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED and first():
+            print(f"edgepress: interrupted{_KEPT.get(''.join(sys.argv[1:2]), '')}.", file=sys.stderr)
+        raise
     except Exception as error:
         if verbose:
             traceback.print_exc()

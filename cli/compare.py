@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError, UsageError
-from ..files import write_text
+from ..files import check_writable, write_text
 from .measure import measured, sweep_table
 from .options import Columns, Data, Json, MetricOption, Seed, TargetsOption, Verbose
 from .screen import print_json
@@ -40,8 +40,10 @@ def compare(
     data: Data = None,
     columns: Columns = None,
     metric: MetricOption = None,
-    queries: Annotated[int, typer.Option("--queries", help="Runs of each artifact.", min=30)] = 1000,
-    seconds: Annotated[float, typer.Option("--seconds", help="Or this long for each, whichever ends first.")] = 10.0,
+    queries: Annotated[int | None, typer.Option("--queries", help="Runs of each artifact, 1000.", min=30)] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Or this long for each, 10, whichever ends first.")
+    ] = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
@@ -58,6 +60,8 @@ def compare(
         if not (is_model(source) or (Path(source) / "manifest.json").is_file()):
             what = "a finished run, an artifact, a model or results of a sweep"
             raise InputError(f"{source} is not {what}: it has no summary.json, manifest.json or config.json.")
+    if not now and (queries or seconds):
+        raise UsageError("--queries and --seconds are of artifacts and models, which are measured now; give one.")
     if not now and (target or data or columns or metric or (batch, seq) != ("1", "128")):
         what = "--target, --batch, --seq, --data, --columns and --metric are of artifacts and models"
         raise UsageError(f"What was measured before is shown as it is; {what}.")
@@ -73,7 +77,7 @@ def compare(
         elif source in runs:
             groups.append(_run(Path(source)))
     if now:
-        options: dict[str, Any] = {"min_queries": queries, "min_seconds": seconds}
+        options: dict[str, Any] = {"min_queries": queries or 1000, "min_seconds": 10.0 if seconds is None else seconds}
         taken = measured(now, target or ["cpu"], (batch, seq), (data, columns, metric), seed, **options)
         groups += map(comparing.of_measured, taken)
     if not groups:
@@ -93,6 +97,8 @@ def _form(form: str | None, out: Path | None, as_json: bool) -> str:
         raise UsageError(f"Give --json or --format {form}, or -o a file for the second.")
     if out is not None and out.is_dir():
         raise UsageError(f"-o {out} is a folder; give a file that ends in {', '.join(ENDINGS)}.")
+    if out is not None:
+        check_writable(out.parent)
     if form or out is None:
         return form or ("json" if as_json else "table")
     if out.suffix.lower() not in ENDINGS:

@@ -43,11 +43,15 @@ def compress(
 
     if max_latency and speedup:
         raise UsageError("Give --max-latency or --speedup, not both.")
+    if resume and recipe:
+        raise UsageError("--resume goes on with the recipe of the run; leave --recipe.")
     values = resumed_recipe(out) if resume else recipes.read(recipe) if recipe else {}
     given = {"model": model, "data": data, "metric": metric, "target": target, "seed": seed}
     values |= {name: value for name, value in given.items() if value is not None}
     if columns:
         values["columns"] = recipes.columns(columns)
+        if not values.get("data"):
+            raise UsageError("--columns is of --data; give both.")
     if trust_remote_code:
         values["trust_remote_code"] = True
     asked = {

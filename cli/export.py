@@ -14,7 +14,7 @@ import typer
 
 from ..errors import UnavailableError, UsageError
 from .options import Columns, Data, Json, Model, Seed, Trust, Verbose
-from .screen import Screen, load, print_json, unfinished
+from .screen import Screen, check_out, load, print_json, unfinished
 
 if TYPE_CHECKING:
     from ..export.artifact import Artifact
@@ -52,7 +52,9 @@ def export(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Of --to tensorrt: kernels for 2:4 weights, see prune --sparsity.")
     ] = False,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Artifact folder to write.")] = Path("exported"),
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Artifact folder to write, 'exported' if not said.")
+    ] = None,
     json_: Json = False,
     verbose: Verbose = False,
     seed: Seed = 0,
@@ -60,7 +62,8 @@ def export(
     """Write an artifact with dynamic batch and sequence, and prove that it computes what the model does."""
     options: dict[str, Any] = {}
     if verify:
-        if data or columns or cache or opset or capability or sparse or (to, scheme) != ("onnx", "fp32"):
+        others = (data, columns, trust_remote_code, cache, opset, capability, sparse, out)
+        if any(others) or (to, scheme) != ("onnx", "fp32"):
             raise UsageError("--verify takes an artifact folder alone.")
         _verify(Path(model), as_json=json_)
         return
@@ -77,7 +80,7 @@ def export(
         columns,
         to,
         scheme,
-        out,
+        out or Path("exported"),
         as_json=json_,
         seed=seed,
         trust_remote_code=trust_remote_code,
@@ -100,8 +103,6 @@ def write_artifact(
     rotate: bool = False,
     options: dict[str, Any] | None = None,
 ) -> None:
-    from dataclasses import asdict
-
     from ..benchmarks import mixed
     from ..compress import quantize as quantizers
     from ..compress.quantize.distilled import distilled
@@ -112,6 +113,7 @@ def write_artifact(
     if scheme != "fp32":
         quantizers.get(scheme)
     runtime = backends.writing(scheme, to)
+    check_out(out, model, data)
     with ExitStack() as stack:
         workload, screen = load(stack, model, data, columns, seed, trust_remote_code)
         step = screen.progress("export")
@@ -143,6 +145,13 @@ def write_artifact(
         else:
             artifacts, word = [write(workload, out)], ""
         quality = _judged(workload, artifacts, runtime, screen, seed, joined=word == "parts")
+    _show(artifacts, quality, out, word, as_json=as_json)
+
+
+def _show(artifacts: Sequence[Artifact], quality: Quality | None, out: Path, word: str, *, as_json: bool) -> None:
+    """What was written; several are the ``word``, towers or parts, of one model in ``out``."""
+    from dataclasses import asdict
+
     parts: list[dict[str, Any]] = []
     for one in artifacts:
         assert one.manifest.parity is not None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from ..files import check_writable
 from .options import Columns, Data, Json, Model, Seed, Trust, Verbose
 from .screen import load, print_json
-
-if TYPE_CHECKING:
-    pass
 
 
 def inspect(
@@ -29,6 +27,8 @@ def inspect(
     """Structure and costs, layer by layer; with rows also gradient flow, representation and attention."""
     from ..models.inspect import inspect as look
 
+    if out:
+        check_writable(out)
     with ExitStack() as stack:
         workload, screen = load(stack, model, data, columns, seed, trust_remote_code)
         found = look(workload, rows=rows, seed=seed, progress=screen.progress("statistics"))

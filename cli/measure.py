@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError, UsageError
+from ..files import check_writable
 from . import scenario as scenarios
 from .options import Columns, Data, Json, MetricOption, Out, Seed, TargetsOption, Verbose
 from .screen import Screen, print_json, table
@@ -63,6 +64,8 @@ def bench(
 
     if out and not profile:
         raise UsageError("-o is the folder for the picture of a profile: give --profile too.")
+    if out:
+        check_writable(out)
     options: dict[str, Any] = {"past": past, "min_queries": queries, "min_seconds": seconds}
     options |= scenarios.options(scenario, rate, deadline, confidence_width)
     options |= {"energy": True, "profile": profile}

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
+
 Model = Annotated[
     str, typer.Argument(help="zoo:NAME, a Hugging Face folder or hub id, a checkpoint, package.module:function.")
 ]
@@ -31,3 +33,10 @@ Trust = Annotated[
 WHERE = "cpu, cpu:N for N threads, cpu:openvino:N, or ssh://user@host/cpu:N for a device."
 ALSO = "Also cuda, tensorrt, torch, torch:compile: 'edgepress targets' lists all. More than once for several."
 TargetsOption = Annotated[list[str] | None, typer.Option("--target", help=f"{WHERE} {ALSO}")]
+
+
+def check_of(other: str, **given: object) -> None:
+    """Refuse the first of the options ``given`` that has a value: it would be passed over, for it is of ``other``."""
+    for name, value in given.items():
+        if value not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} is of {other}; give both.")

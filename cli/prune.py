@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
-from .options import WHERE, Columns, Data, Json, MetricOption, Model, Seed, Trust, Verbose
-from .screen import Screen, first, load, print_json, unfinished
+from .options import WHERE, Columns, Data, Json, MetricOption, Model, Seed, Trust, Verbose, check_of
+from .screen import Screen, check_out, first, load, print_json, unfinished
 
 if TYPE_CHECKING:
     from ..benchmarks.speed import Fitted
@@ -25,7 +26,9 @@ def prune(
     data: Data = None,
     columns: Columns = None,
     trust_remote_code: Trust = False,
-    method: Annotated[str, typer.Option("--method", help="Score; see 'edgepress methods'.")] = "masked-taylor",
+    method: Annotated[
+        str | None, typer.Option("--method", help="Score, masked-taylor if not said; see 'edgepress methods'.")
+    ] = None,
     ratio: Annotated[
         str | None,
         typer.Option("--ratio", help="Share of heads and channels that goes, 0.5 if not said: or ffn=0.5,block=0.25."),
@@ -34,13 +37,13 @@ def prune(
         str | None, typer.Option("--speedup", help="Instead of a ratio: so much faster on --target, measured: 2x.")
     ] = None,
     target: Annotated[str | None, typer.Option("--target", help=f"Of --speedup: {WHERE}")] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Of --speedup: rows at a time.", min=1)] = 1,
+    batch: Annotated[int | None, typer.Option("--batch", help="Of --speedup: rows at a time, 1.", min=1)] = None,
     seq: Annotated[
         int | None, typer.Option("--seq", help="Of --speedup: tokens; 128 where the model takes as many.", min=1)
     ] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="Of --speedup: what is deployed, fp32 or int8-dynamic.")
-    ] = "fp32",
+        str | None, typer.Option("--precision", help="Of --speedup: what is deployed, fp32 or int8-dynamic.")
+    ] = None,
     low_rank: Annotated[
         float | None, typer.Option("--low-rank", help="Factor linear layers, down to this share of their weights: 0.7.")
     ] = None,
@@ -55,8 +58,8 @@ def prune(
         bool, typer.Option("--uniform", help="The same widths in every layer: a folder that AutoModel loads.")
     ] = False,
     recover: Annotated[str, typer.Option("--recover", help="none, reconstruct or distill.")] = "reconstruct",
-    steps: Annotated[int, typer.Option("--steps", help="Steps of distillation.", min=1)] = 160,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate of distillation.", min=1e-9)] = 5e-4,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of distillation, 160.", min=1)] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of distillation, 5e-4.", min=1e-9)] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint folder to write.")] = Path("pruned"),
     json_: Json = False,
     verbose: Verbose = False,
@@ -66,52 +69,143 @@ def prune(
 
     With --low-rank, --merge-tokens or --sparsity units go only where --ratio or --speedup asks for it too.
     """
-    from dataclasses import asdict
-
-    from ..compress import score as scores
-
-    if speedup and (ratio or uniform):
-        raise UsageError(f"Give --speedup or {'--ratio' if ratio else '--uniform'}, not both.")
-    if target and not speedup:
-        raise UsageError("--target says where --speedup is measured; give both.")
-    wanted = _wanted(speedup, target or "cpu", precision) if speedup else None
     if recover not in {"none", "reconstruct", "distill"}:
         raise UsageError(f"There is no recovery '{recover}' (there is: none, reconstruct, distill).")
-    scores.get(method)
-    shares = _shares(ratio or "0.5")
-    units = bool(ratio or speedup) or not (low_rank or merge_tokens or sparsity)
-    _check_shapes(low_rank, merge_tokens, sparsity, uniform=uniform, trained=recover == "distill", units=units)
-    fitted: Fitted | None = None
+    if recover != "distill":
+        check_of("--recover distill", steps=steps, lr=lr)
+    asked = Asked(
+        method=method or "masked-taylor",
+        ratio=_shares(ratio) if ratio else None,
+        speed=_speed(speedup, target, batch, seq, precision),
+        low_rank=low_rank,
+        merge_tokens=merge_tokens,
+        sparsity=sparsity,
+        uniform=uniform,
+        recover=recover,
+        training={"steps": steps or 160, "lr": lr or 5e-4, "checkpoint": unfinished(out)},
+        seed=seed,
+    )
+    _check(asked)
+    if not asked.units:
+        check_of("--ratio or --speedup", method=method)
+    check_out(out, model, data)
     with ExitStack() as stack:
-        from ..benchmarks.targets import connect, parse
-        from ..models import metrics
-
-        if wanted is not None:
-            where = parse(target or "cpu")
-            stack.enter_context(connect(where, where.runtime))
-
+        if asked.speed:
+            _connect(stack, asked.speed.target)
         workload, screen = load(stack, model, data, columns, seed, trust_remote_code, metric)
-        judged = workload.data.evaluation if len(workload.data.evaluation) and first() else None
-        judge, name = screen.progress("evaluate"), workload.data.metric
-        before = metrics.answers(workload, judged, metric=name, progress=judge) if judged else None
-        params, macs = workload.params, workload.macs
-        alone = recover == "none" or not (units or low_rank)  # nothing needs the original's module any more
-        pruned = workload
-        if units:
-            found = scores.score(workload, method, seed=seed, progress=screen.progress("score"))
-            if wanted is not None:
-                fitted = _fit(workload, found, screen, (target or "cpu", batch, seq, precision), wanted, seed)
-            pruned = _without_units(workload, found, fitted, shares, uniform=uniform, in_place=alone)
-        pruned = _factored(pruned, low_rank, screen, seed)
-        if not alone:
-            options = {"steps": steps, "lr": lr, "checkpoint": unfinished(out)} if recover == "distill" else None
-            pruned = _recovered(workload, pruned, screen, seed, options)
-        pruned = _same_shapes(pruned, merge_tokens, sparsity, screen, seed)
-        _keep(pruned, out, plain=uniform)
-        quality = None
-        if judged:
-            after = metrics.answers(pruned, judged, metric=name, progress=judge)
-            quality = asdict(metrics.quality(name, after, metrics.wanted(judged, name), original=before, seed=seed))
+        document, fitted = _made(workload, asked, screen, out)
+    (print_json if json_ else _pruned)(document)
+    if fitted:
+        fitted.check()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What --speedup asks for, where, and in which form."""
+
+    speedup: float
+    target: str
+    batch: int
+    sequence: int | None
+    precision: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options ask for."""
+
+    method: str
+    ratio: float | dict[str, float] | None
+    speed: Speed | None
+    low_rank: float | None
+    merge_tokens: int | None
+    sparsity: str | None
+    uniform: bool
+    recover: str
+    training: dict[str, Any]
+    """Of --recover distill."""
+    seed: int
+
+    @property
+    def units(self) -> bool:
+        """Whether units go."""
+        return bool(self.ratio is not None or self.speed) or not (self.low_rank or self.merge_tokens or self.sparsity)
+
+    @property
+    def shares(self) -> float | dict[str, float]:
+        return 0.5 if self.ratio is None else self.ratio
+
+
+def _speed(
+    speedup: str | None, target: str | None, batch: int | None, seq: int | None, precision: str | None
+) -> Speed | None:
+    """The speed asked for, of a target and in a precision that there are."""
+    from .. import recipe
+    from ..benchmarks.targets import to_write_for
+    from ..compress import quantize as quantizers
+    from ..export import backends
+
+    if not speedup:
+        check_of("--speedup", target=target, batch=batch, seq=seq, precision=precision)
+        return None
+    if "RANK" in os.environ:
+        raise UsageError("--speedup is measured, so one process alone can prune to it; give several a --ratio.")
+    if precision not in {None, "fp32"}:
+        quantizers.get(str(precision))
+    backends.writing(precision or "fp32", to_write_for(target or "cpu").runtime)
+    wanted = recipe.quantity("speedup", speedup)
+    if wanted <= 1:
+        raise UsageError(f"A speedup of {wanted:g}x asks for nothing; it must be above 1.")
+    return Speed(wanted, target or "cpu", batch or 1, seq, precision or "fp32")
+
+
+def _check(asked: Asked) -> None:
+    """Refuse what makes no sense before anything is loaded."""
+    from ..compress import score as scores
+    from ..compress.prune.sparsity import Pattern
+
+    if asked.speed and (asked.ratio is not None or asked.uniform):
+        raise UsageError(f"Give --speedup or {'--uniform' if asked.ratio is None else '--ratio'}, not both.")
+    scores.get(asked.method)
+    if asked.low_rank is not None and not 0 < asked.low_rank < 1:
+        raise UsageError(
+            f"--low-rank {asked.low_rank:g} is not a share of the weights; it must be above 0 and below 1."
+        )
+    if asked.sparsity:
+        Pattern.parse(asked.sparsity)
+    if asked.uniform and (asked.low_rank or asked.merge_tokens):
+        word = "--low-rank" if asked.low_rank else "--merge-tokens"
+        raise UsageError(f"No configuration can say {word}: leave --uniform.")
+    if asked.recover == "distill" and not (asked.units or asked.low_rank):
+        raise UsageError("--recover distill trains what --ratio, --speedup or --low-rank leave; give one of them.")
+
+
+def _connect(stack: ExitStack, target: str) -> None:
+    """Reach the target before anything is loaded."""
+    from ..benchmarks.targets import connect, parse
+
+    where = parse(target)
+    stack.enter_context(connect(where, where.runtime))
+
+
+def _made(workload: Workload, asked: Asked, screen: Screen, out: Path) -> tuple[dict[str, Any], Fitted | None]:
+    """Prune, write the checkpoint, and judge before and after: what ``--json`` prints, and the fit to a speed."""
+    from dataclasses import asdict
+
+    from ..models import metrics
+
+    if asked.units and not asked.speed:
+        _check_kinds(workload, asked)
+    judged = workload.data.evaluation if len(workload.data.evaluation) and first() else None
+    judge, name = screen.progress("evaluate"), workload.data.metric
+    before = metrics.answers(workload, judged, metric=name, progress=judge) if judged else None
+    params, macs = workload.params, workload.macs
+    pruned, fitted = _smaller(workload, asked, screen)
+    _keep(pruned, out, plain=asked.uniform)
+    quality = None
+    if judged:
+        after = metrics.answers(pruned, judged, metric=name, progress=judge)
+        quality = asdict(metrics.quality(name, after, metrics.wanted(judged, name), original=before, seed=asked.seed))
     document = {
         "checkpoint": str(out),
         "plan": pruned.plan.to_json(),
@@ -121,59 +215,58 @@ def prune(
         "macs_after": pruned.macs,
         "quality": quality,
         **({"speed": fitted.to_json()} if fitted else {}),
-        **_shapes(pruned, sparsity),
+        **_shapes(pruned, asked.sparsity),
     }
-    (print_json if json_ else _pruned)(document)
-    if fitted:
-        fitted.check()
+    return document, fitted
 
 
-def _wanted(speedup: str, target: str, precision: str) -> float:
-    """The speed asked for, of a target and in a precision that there are."""
-    from .. import recipe
-    from ..benchmarks.targets import to_write_for
-    from ..compress import quantize as quantizers
-    from ..export import backends
+def _check_kinds(workload: Workload, asked: Asked) -> None:
+    """Refuse shares of units that the model does not have, before they are scored."""
+    import torch
 
-    if "RANK" in os.environ:
-        raise UsageError("--speedup is measured, so one process alone can prune to it; give several a --ratio.")
-    if precision != "fp32":
-        quantizers.get(precision)
-    backends.writing(precision, to_write_for(target).runtime)
-    wanted = recipe.quantity("speedup", speedup)
-    if wanted <= 1:
-        raise UsageError(f"A speedup of {wanted:g}x asks for nothing; it must be above 1.")
-    return wanted
+    from ..compress.prune.allocate import by_ratio
+
+    by_ratio(workload.structure, torch.zeros(workload.structure.num_units), asked.shares)
 
 
-def _fit(
-    workload: Workload, found: Scores, screen: Screen, where: tuple[str, int, int | None, str], wanted: float, seed: int
-) -> Fitted:
-    """The plan that makes ``workload`` ``wanted`` times faster; ``where`` is target, batch, sequence and precision."""
+def _smaller(workload: Workload, asked: Asked, screen: Screen) -> tuple[Workload, Fitted | None]:
+    """``workload`` without the units that go, factored, recovered, with tokens merged and zeros, as ``asked``."""
+    from ..compress import score as scores
+
+    seed = asked.seed
+    alone = asked.recover == "none" or not (asked.units or asked.low_rank)  # nothing needs the original's module then
+    pruned, fitted = workload, None
+    if asked.units:
+        found = scores.score(workload, asked.method, seed=seed, progress=screen.progress("score"))
+        fitted = _fit(workload, found, screen, asked.speed, seed) if asked.speed else None
+        pruned = _without_units(workload, found, fitted, asked, in_place=alone)
+    pruned = _factored(pruned, asked.low_rank, screen, seed)
+    if not alone:
+        training = asked.training if asked.recover == "distill" else None
+        pruned = _recovered(workload, pruned, screen, seed, training)
+    return _same_shapes(pruned, asked.merge_tokens, asked.sparsity, screen, seed), fitted
+
+
+def _fit(workload: Workload, found: Scores, screen: Screen, wanted: Speed, seed: int) -> Fitted:
+    """The plan that makes ``workload`` as fast as ``wanted``."""
     from ..benchmarks import latency, speed
     from ..compress.prune.predicted import predict
 
-    target, batch, seq, precision = where
     table = latency.measure(
         workload,
-        target=target,
-        batch=batch,
-        sequence=seq or min(128, workload.max_length or 128),
-        precision=precision,
+        target=wanted.target,
+        batch=wanted.batch,
+        sequence=wanted.sequence or min(128, workload.max_length or 128),
+        precision=wanted.precision,
         progress=screen.progress("latency"),
     )
     told = predict(workload, found.values, seed=seed, progress=screen.progress("losses"))
-    return speed.fit(workload, table, told, speedup=wanted, say=screen.say, progress=screen.progress("allocate"))
+    step = screen.progress("allocate")
+    return speed.fit(workload, table, told, speedup=wanted.speedup, say=screen.say, progress=step)
 
 
 def _without_units(
-    workload: Workload,
-    found: Scores,
-    fitted: Fitted | None,
-    shares: float | dict[str, float],
-    *,
-    uniform: bool,
-    in_place: bool,
+    workload: Workload, found: Scores, fitted: Fitted | None, asked: Asked, *, in_place: bool
 ) -> Workload:
     """``workload`` cut down to the plan that fits a speed, or by the shares."""
     from ..compress.prune import prune as by_shares
@@ -182,26 +275,10 @@ def _without_units(
 
     if fitted:
         return surgery.prune(workload, fitted.plan, in_place=in_place)
-    pruned = by_shares(workload, found, ratio=shares, uniform=uniform, in_place=in_place)
-    if uniform:
+    pruned = by_shares(workload, found, ratio=asked.shares, uniform=asked.uniform, in_place=in_place)
+    if asked.uniform:
         plain_skeleton(pruned)  # refused before anything is trained
     return pruned
-
-
-def _check_shapes(
-    low_rank: float | None, tokens: int | None, sparsity: str | None, *, uniform: bool, trained: bool, units: bool
-) -> None:
-    """Refuse what makes no sense before anything is loaded."""
-    from ..compress.prune.sparsity import Pattern
-
-    if low_rank is not None and not 0 < low_rank < 1:
-        raise UsageError(f"--low-rank {low_rank:g} is not a share of the weights; it must be above 0 and below 1.")
-    if sparsity:
-        Pattern.parse(sparsity)
-    if uniform and (low_rank or tokens):
-        raise UsageError(f"No configuration can say {'--low-rank' if low_rank else '--merge-tokens'}: leave --uniform.")
-    if trained and not (units or low_rank):
-        raise UsageError("--recover distill trains what --ratio, --speedup or --low-rank leave; give one of them.")
 
 
 def _factored(pruned: Workload, share: float | None, screen: Screen, seed: int) -> Workload:
@@ -286,10 +363,12 @@ def _span(numbers: Collection[int]) -> str:
 
 
 def _shares(text: str) -> float | dict[str, float]:
-    """``0.5``, or ``ffn=0.5,block=0.25``."""
+    """``0.5``, or ``ffn=0.5,block=0.25``; each at least 0 and below 1."""
     try:
-        if "=" not in text:
-            return float(text)
-        return {kind.strip(): float(share) for kind, share in (part.split("=", 1) for part in text.split(","))}
+        pairs = [part.split("=", 1) for part in text.split(",")] if "=" in text else [["", text]]
+        shares = {kind.strip(): float(share) for kind, share in pairs}
     except ValueError as error:
         raise UsageError(f"--ratio '{text}' is not a share like 0.5, or shares like ffn=0.5,block=0.25.") from error
+    if wrong := [share for share in shares.values() if not 0 <= share < 1]:
+        raise UsageError(f"--ratio '{text}' has {wrong[0]:g}; a share must be at least 0 and below 1.")
+    return shares if "=" in text else shares[""]

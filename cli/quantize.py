@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import ConstraintError, UnavailableError, UsageError
+from ..files import check_writable
 from .export import write_artifact
-from .options import Columns, Data, Json, MetricOption, Model, Seed, Trust, Verbose
-from .screen import Screen, load, print_json, table
-
-if TYPE_CHECKING:
-    pass
+from .options import Columns, Data, Json, MetricOption, Model, Seed, Trust, Verbose, check_of
+from .screen import Screen, check_out, load, print_json, table
 
 
 def sensitivity(
@@ -34,6 +32,8 @@ def sensitivity(
 
     if out and (out.suffix != ".svg" or out.is_dir()):
         raise UsageError(f"{out} is not a file that ends in .svg; the chart is one.")
+    if out:
+        check_writable(out.parent)
     with ExitStack() as stack:
         workload, screen = load(stack, model, data, columns, seed, trust_remote_code)
         if not len(workload.data.calibration):
@@ -84,7 +84,7 @@ def quantize(
     target: Annotated[
         str | None, typer.Option("--target", help="Of --max-drop: cpu:N, or ssh://user@host/cpu:N.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Of --max-drop: rows at a time.", min=1)] = 1,
+    batch: Annotated[int | None, typer.Option("--batch", help="Of --max-drop: rows at a time, 1.", min=1)] = None,
     seq: Annotated[
         int | None, typer.Option("--seq", help="Of --max-drop: tokens; 128 where the model takes as many.", min=1)
     ] = None,
@@ -104,9 +104,11 @@ def quantize(
 ) -> None:
     """Write an ONNX artifact with weights in fewer bits, or of an .onnx file from anywhere another one."""
     if model.endswith(".onnx"):
-        if max_drop or target or metric or columns or steps or rotate:
+        if any((columns, max_drop, target, batch, seq, metric, steps, rotate, trust_remote_code)):
             raise UsageError("An .onnx file takes --data with an .npz file of its inputs, --scheme and -o alone.")
-        _write_file(Path(model), data, scheme, out or Path(f"{Path(model).stem}-{scheme}.onnx"), as_json=json_)
+        out = out or Path(f"{Path(model).stem}-{scheme}.onnx")
+        check_writable(out.parent)
+        _write_file(Path(model), data, scheme, out, as_json=json_)
         return
     out = out or Path("quantized")
     if steps and (max_drop is not None or scheme not in {"int8", "int8-dynamic"}):
@@ -117,16 +119,14 @@ def quantize(
             scheme,
             out,
             max_drop,
-            (target or "cpu", batch, seq),
+            (target or "cpu", batch or 1, seq),
             rotate=rotate,
             as_json=json_,
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
         return
-    if target or metric:
-        option = "--target says where the speed of" if target else "--metric says what is lost under"
-        raise UsageError(f"{option} --max-drop is measured; give both.")
+    check_of("--max-drop", target=target, batch=batch, seq=seq, metric=metric)
     write_artifact(
         model,
         data,
@@ -207,6 +207,7 @@ def _write_mixed(
     at = to_write_for(target)
     if at.runtime != "onnx":
         raise UnavailableError(f"What operators in float cost is measured in ONNX Runtime, not on '{target}'.")
+    check_out(out, model, data)
     with ExitStack() as stack:
         stack.enter_context(connect(at, "onnx"))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

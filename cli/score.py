@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .options import Columns, Data, Json, Model, Seed, Trust, Verbose
+from ..files import check_writable
+from .options import Columns, Data, Json, Model, Seed, Trust, Verbose, check_of
 from .screen import load, print_json
-
-if TYPE_CHECKING:
-    pass
 
 
 def score(
@@ -29,8 +27,8 @@ def score(
         int | None, typer.Option("--validate", help="Units of each kind to mask in trials of the scores.", min=2)
     ] = None,
     trial_rows: Annotated[
-        int, typer.Option("--trial-rows", help="Rows of the trials, others than scored.", min=2)
-    ] = 128,
+        int | None, typer.Option("--trial-rows", help="Rows of the trials, others than scored: 128.", min=2)
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="A .json, .csv or .parquet file, or a folder for a page and those."),
@@ -43,9 +41,12 @@ def score(
     from ..benchmarks import score_table
     from ..compress import score as scores
 
+    if not validate:
+        check_of("--validate", trial_rows=trial_rows)
     methods = _methods(method)
     if out:
         score_table.check_out(out)
+        check_writable(out if out.is_dir() or not out.suffix else out.parent)
     with ExitStack() as stack:
         workload, screen = load(stack, model, data, columns, seed, trust_remote_code)
         found = scores.score_all(workload, methods, rows=rows, seed=seed, progress=screen.progress("score"))
@@ -53,7 +54,7 @@ def score(
         if validate:
             from ..compress.score import validate as trials
 
-            unseen = trials.unseen(workload, scored=rows, count=trial_rows, seed=seed)
+            unseen = trials.unseen(workload, scored=rows, count=trial_rows or 128, seed=seed)
             judged, step = len(unseen), screen.progress("validate")
             if set(unseen.keys) & set(workload.data.calibration.take(rows, seed).keys):
                 screen.say("note: there are too few other rows, so the trials are on rows that the scores have seen")

@@ -8,6 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError
+from ..files import check_new_folder
+
 if TYPE_CHECKING:
     from ..models.workload import Progress, Workload
 
@@ -77,11 +80,15 @@ def load(
     from .. import recipe
     from ..models import workload
 
+    if columns and not data:
+        raise UsageError("--columns is of --data; give both.")
     screen = Screen(stack)
     mapping = recipe.columns(columns) if columns else None
     loaded = workload.load(
         model, data, columns=mapping, seed=seed, trust_remote_code=trusted, progress=screen.progress("load")
     )
+    if metric and not len(loaded.data.evaluation):
+        raise UsageError(f"--metric judges rows, and {model} comes with none: give them with --data.")
     return loaded.judged_by(metric), screen
 
 
@@ -95,6 +102,12 @@ def table(original: dict[str, Any], results: list[dict[str, Any]], chosen: str |
     terminal().print(rich_table(original, results, chosen))
 
 
+def check_out(out: Path, model: str, data: str | None) -> None:
+    """Refuse, before anything is loaded, a folder ``out`` that cannot be written, or must not be replaced."""
+    check_new_folder(out, model, model.partition("@")[2], data)  # of a function's checkpoint, FUNCTION@FOLDER
+
+
 def unfinished(out: Path) -> Path:
     """Where the state of a distillation is until its checkpoint is written."""
-    return out.with_name(f"{out.name}.unfinished.safetensors")
+    place = out.resolve()
+    return place.with_name(f"{place.name}.unfinished.safetensors")

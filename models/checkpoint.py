@@ -158,6 +158,8 @@ def _description(folder: Path, function: str, trusted: bool) -> tuple[dict[str, 
             raise InputError(
                 f"{folder / META} is not an edgepress checkpoint: '{field}' is missing or of another type."
             )
+    if meta["max_length"] < 1:
+        raise InputError(f"{folder / META} is damaged: {meta['max_length']} is not a number of tokens.")
     if meta["format"] != FORMAT:
         raise InputError(f"{folder} has checkpoint format {meta['format']}; this version reads format {FORMAT}.")
     if ":" in meta["architecture"] and meta["architecture"] != function:

@@ -1,8 +1,8 @@
 """Models from a Python function, ``package.module:function``, that the user names on the command line.
 
 The function takes no arguments and returns a module and one row of its inputs: ``(module, example)``, where ``example``
-is a tensor, a tuple of tensors or a mapping of tensors by argument name. It runs only because the user named it; a file
-never makes it run.
+is a tensor, a tuple of tensors or a mapping of tensors by argument name. What is in 16 bits becomes float32. It runs
+only because the user named it; a file never makes it run.
 """
 
 from __future__ import annotations
@@ -33,15 +33,21 @@ def named(model: str) -> bool:
 def find(name: str) -> Any:
     """The function ``package.module:function``; the folder that one is in counts as a place for packages.
 
-    Raises UsageError where there is none.
+    Raises UsageError where there is none, InputError where its module fails.
     """
     path, _, function = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(path), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"There is no function '{name}': {error}.") from error
+        module = importlib.import_module(path)
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            raise UsageError(f"There is no function '{name}': {error}.") from error
+        why = " ".join(str(error).split())
+        raise InputError(f"{path}, of '{name}', cannot be imported: {type(error).__name__}: {why}.") from error
+    found = getattr(module, function, None)
+    if found is None:
+        raise UsageError(f"There is no function '{name}': {path} has no '{function}'.")
     if not callable(found):
         raise UsageError(f"'{name}' is not a function.")
     return found
@@ -66,6 +72,9 @@ def module_and_example(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     wrong = [key for key, value in example.items() if not isinstance(value, Tensor)]
     if wrong or not example:
         raise InputError(f"{name}() gives inputs that are not tensors ({', '.join(wrong) or 'none at all'}).")
+    example = {key: _widened(tensor) for key, tensor in example.items()}
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = _widened(tensor.data)
     separate_attention(module)
     try:
         with torch.no_grad():
@@ -74,6 +83,11 @@ def module_and_example(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         why = " ".join(str(error).split())
         raise InputError(f"The module of {name}() fails on its own row with {type(error).__name__}: {why}.") from error
     return module, example
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In float32 where it was in 16 bits, as the weights of a folder become too: NumPy knows no bfloat16."""
+    return tensor.float() if tensor.dtype in {torch.float16, torch.bfloat16} else tensor
 
 
 def _by_name(module: nn.Module, given: Any) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def load(
         folder = adapters.base(adapter)
     config = _config(folder, trust_remote_code)
     code = folder if remote.asked_for(folder, config) else None
-    architecture = str(next(iter(config.get("architectures") or []), ""))
+    named = config.get("architectures")
+    architecture = str(next(iter(named if isinstance(named, list) else []), ""))
     family = Skeleton(architecture, config, (), code).family
     head = adapters.head(adapter, str(config.get("model_type")), architecture) if adapter else None
     architecture = head.architecture if head else architecture

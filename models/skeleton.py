@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import InputError, UnavailableError
+from ..errors import EdgepressError, InputError, UnavailableError
 from . import families, functions, remote
-from .examples import example
+from .examples import example, longest
 
 POOLED = "PooledClassifier"
 
@@ -42,33 +43,50 @@ class Skeleton:
     def make(self, length: int) -> tuple[nn.Module, families.Family, dict[str, Tensor]]:
         """The module, its family, and one row of its inputs, of ``length`` tokens where there are any.
 
-        A function makes its module as it likes, with weights that are then replaced.
+        A function makes its module as it likes, with weights that are then replaced. Raises InputError for a
+        configuration that no such model has, and for more tokens than it takes.
         """
         if self.is_function:
             module, given = functions.module_and_example(self.architecture)
             return module, families.of_module(module), given
         module = self.build()
-        return module, self.family, example(module, self.family.inputs, length)
+        with self._told():
+            most = longest(module.config)
+            if length > most:
+                raise InputError(f"The sequence length {length} is not one of the {most} positions of config.json.")
+            return module, self.family, example(module, self.family.inputs, length)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever the library, or the folder's own code, raises where a configuration makes no sense to it."""
+        try:
+            yield
+        except EdgepressError:
+            raise
+        except Exception as error:  # it raises what its parts raise
+            why = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+            raise InputError(f"config.json does not describe a {self.family.name} model: {why}.") from error
 
     def build(self) -> nn.Module:
         """The module with parameters on the meta device and buffers in place, in evaluation mode.
 
         One that is made by code of its folder has parameters too: what that code does with them is not known.
         """
+        with self._told():
+            return self._built().eval()
+
+    def _built(self) -> nn.Module:
         import transformers
         from accelerate import init_empty_weights
 
         from .pooled import PooledClassifier
 
-        family = self.family
         if self.code:
             config_class, made_by = remote.classes(self.code, self.config, self.architecture)
             own: nn.Module = made_by(config_class.from_dict(dict(self.config)))
-            return own.eval()
-        try:
-            config = transformers.AutoConfig.for_model(**self.config)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"config.json does not describe a {family.name} model: {error}.") from error
+            return own
+        _ = self.family  # refused where there is none
+        config = transformers.AutoConfig.for_model(**self.config)
         if self.labels:
             config.num_labels = len(self.labels)
         with init_empty_weights(include_buffers=False):
@@ -76,7 +94,7 @@ class Skeleton:
                 module: nn.Module = PooledClassifier(config, num_labels=len(self.labels))
             else:
                 module = model_class(self.architecture, type(config))(config)
-        return module.eval()
+        return module
 
 
 def model_class(architecture: str, config_class: type) -> Any:

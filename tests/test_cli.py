@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 COLUMNS = ("--columns", "text=review,label=stars")
+WRITING = [
+    ["prune", "zoo:minilm-reviews"],
+    ["export", "zoo:minilm-reviews"],
+    ["quantize", "zoo:minilm-reviews"],
+    ["quantize", "zoo:minilm-reviews", "--max-drop", "1%"],
+]
+"""What replaces a folder with what it makes."""
 
 
 def refused(done: Any, message: str) -> None:
@@ -267,6 +276,34 @@ def test_labels_the_wrong_way_round(
         (["prune", "zoo:minilm-reviews", "--speedup", "1x"], "must be above 1"),
         (["prune", "zoo:minilm-reviews", "--speedup", "2x", "--target", "toaster"], "no target 'toaster'"),
         (["prune", "zoo:minilm-reviews", "--speedup", "2x", "--precision", "int3"], "no scheme 'int3'"),
+        *[
+            (["prune", "zoo:minilm-reviews", option, value], f"{option} is of --speedup; give both")
+            for option, value in (("--batch", "2"), ("--seq", "32"), ("--precision", "fp32"))
+        ],
+        (["prune", "zoo:minilm-reviews", "--steps", "9"], "--steps is of --recover distill"),
+        (["prune", "zoo:minilm-reviews", "--lr", "1e-3"], "--lr is of --recover distill"),
+        (["prune", "zoo:minilm-reviews", "--sparsity", "2:4", "--method", "fisher"], "--method is of --ratio"),
+        (["prune", "zoo:minilm-reviews", "--ratio", "1.5"], "has 1.5; a share must be at least 0 and below 1"),
+        (["prune", "zoo:minilm-reviews", "--ratio", "head=0.5,ffn=-1"], "has -1; a share"),
+        (["prune", "zoo:minilm-reviews", "--ratio", "nan"], "has nan; a share"),
+        (["quantize", "zoo:minilm-reviews", "--batch", "2"], "--batch is of --max-drop"),
+        (["quantize", "zoo:minilm-reviews", "--seq", "32"], "--seq is of --max-drop"),
+        (["quantize", "any.onnx", "--trust-remote-code"], "takes --data with an .npz file"),
+        (["quantize", "any.onnx", "--seq", "32"], "takes --data with an .npz file"),
+        (["score", "zoo:minilm-reviews", "--trial-rows", "9"], "--trial-rows is of --validate"),
+        (["export", "nowhere", "--verify", "-o", "out"], "--verify takes an artifact folder alone"),
+        (["inspect", "zoo:minilm-reviews", "--columns", "text=a"], "--columns is of --data"),
+        (["compress", "zoo:minilm-reviews", "--columns", "text=a"], "--columns is of --data"),
+        (["compress", "--resume", "--recipe", "r.yaml"], "leave --recipe"),
+        *[([*words, "-o", "."], "current folder") for words in WRITING],
+        *[([*words, "-o", "/dev/null/out"], "/dev/null/out cannot be written") for words in WRITING],
+        (["score", "zoo:minilm-reviews", "-o", "/dev/null/scores"], "/dev/null/scores cannot be written"),
+        (["score", "zoo:minilm-reviews", "-o", "/dev/null/scores.csv"], "/dev/null cannot be written"),
+        (["inspect", "zoo:minilm-reviews", "-o", "/dev/null"], "/dev/null cannot be written"),
+        (["sensitivity", "zoo:minilm-reviews", "-o", "/dev/null/a.svg"], "/dev/null cannot be written"),
+        (["quantize", "any.onnx", "-o", "/dev/null/out.onnx"], "/dev/null cannot be written"),
+        (["bench", "nowhere", "--profile", "-o", "/dev/null"], "/dev/null cannot be written"),
+        (["compare", "zoo:minilm-reviews", "-o", "/dev/null/a.md"], "/dev/null cannot be written"),
         (["bench", "nowhere"], "no artifact folder"),
         (["bench", ".", "--batch", "x"], "not an artifact"),
         (["compare", "."], "not a finished run"),
@@ -282,6 +319,65 @@ def test_a_folder_with_other_files_is_not_taken_for_a_run(here: Any, tmp_path: P
     (tmp_path / "thesis.tex").write_text("years of work")
     refused(here("compress", "zoo:minilm-reviews", "-o", tmp_path), "holds other files")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_is_replaced_only_where_edgepress_wrote_it(
+    here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    work, smaller = tmp_path / "work", tmp_path / "smaller"
+    work.mkdir()
+    (work / "thesis.tex").write_text("years of work")
+    for words in WRITING:
+        refused(here(*words, "-o", work), f"{work} would be replaced, and holds something else")
+    refused(here("prune", model_folder, "-o", model_folder), "is read from there")
+    assert [path.name for path in work.iterdir()] == ["thesis.tex"]
+    args = ("--data", reviews_csv, *COLUMNS, "--method", "magnitude", "--recover", "none", "--json", "-o", smaller)
+    for ratio in ("0.25", "0.5"):
+        done = here("prune", model_folder, *args, "--ratio", ratio)
+        assert done.returncode == 0, done.stderr
+    kept = json.loads(done.stdout)["plan"]
+    assert json.loads((smaller / "edgepress.json").read_text())["plan"] == kept, "the later one"
+    refused(here("prune", smaller, "-o", smaller), "is read from there")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["smaller", "work"]
+
+
+def test_kinds_of_units_are_known_before_anything_is_scored(
+    here: Any, model_folder: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    args = ("--data", reviews_csv, *COLUMNS, "--ratio", "heads=0.5", "-o", tmp_path / "out")
+    done = here("prune", model_folder, *args)
+    refused(done, "There are no 'heads' units in this model (there are: head, ffn")
+    assert "score" not in done.stderr
+    assert "evaluate" not in done.stderr
+
+
+def test_a_metric_judges_rows(here: Any, model_folder: Path, tmp_path: Path) -> None:
+    refused(here("prune", model_folder, "--metric", "accuracy", "-o", tmp_path / "out"), "--metric judges rows")
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+    """Ctrl-C, while the recipe is read from a pipe into which nobody writes."""
+    pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "edgepress", "compress", "--recipe", str(pipe), "-o", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer = None
+    while writer is None and process.poll() is None:
+        try:
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # it does not read yet
+            time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, ""), err
+    assert err == "edgepress: interrupted; finished stages are kept, and --resume goes on from there.\n"
+
+
+def test_other_commands_are_interrupted_without_it(here: Any, tmp_path: Path) -> None:
+    (tmp_path / "model_of_the_impatient.py").write_text("def net():\n    raise KeyboardInterrupt\n")
+    done = here("inspect", "model_of_the_impatient:net", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == "edgepress: interrupted."
 
 
 def test_all_faults_of_a_recipe_at_once(here: Any, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def load(*, seed: int = 0, progress: Progress | None = None) -> Workload:
     """The workload; converted on first use, and from the cache afterwards. ``seed`` chooses the calibration rows."""
     folder = cache_folder() / f"{ENTRY.name}-1"
     if not folder.is_dir():
-        with new_folder(folder) as place:
+        with new_folder(folder, ours=True) as place:
             checkpoint.write(_converted(progress), place)
     return checkpoint.read(folder, _rows(fetch(DIGITS, progress), seed), NETWORK)
 

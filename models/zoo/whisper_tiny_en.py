@@ -107,7 +107,7 @@ def load(*, seed: int = 0, progress: Progress | None = None) -> Workload:
     """The workload; converted on first use, and from the cache afterwards. There is nothing that ``seed`` decides."""
     folder = cache_folder() / f"{ENTRY.name}-1"
     if not folder.is_dir():
-        with new_folder(folder) as place:
+        with new_folder(folder, ours=True) as place:
             checkpoint.write(_converted(progress), place)
     return checkpoint.read(folder, _rows(fetch(CLIPS, progress), folder))
 

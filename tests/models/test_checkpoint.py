@@ -104,6 +104,17 @@ def _not_json(folder: Path) -> None:
     (folder / "edgepress.json").write_text("{")
 
 
+def _with(file: str, **fields: Any) -> Any:
+    def damage(folder: Path) -> None:
+        found = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**found, **fields}))
+
+    return damage
+
+
+NO_MODEL = "config.json does not describe a bert model: "
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -115,6 +126,14 @@ def _not_json(folder: Path) -> None:
         (_foreign_tie, "cannot be the same parameter"),
         (_no_config, "config.json cannot be read"),
         (_not_json, "not valid JSON"),
+        (_with("config.json", num_attention_heads=7), f"{NO_MODEL}.*not a multiple"),
+        (_with("config.json", num_attention_heads=0), f"{NO_MODEL}ZeroDivisionError"),
+        (_with("config.json", num_hidden_layers="two"), f"{NO_MODEL}.*num_hidden_layers"),
+        (_with("config.json", hidden_act="nope"), f"{NO_MODEL}KeyError: 'nope'"),
+        (_with("config.json", max_position_embeddings=-3), f"{NO_MODEL}.*negative dimension"),
+        (_with("config.json", vocab_size=2), NO_MODEL),
+        (_with("edgepress.json", max_length=-1), "edgepress.json is damaged: -1 is not a number of tokens"),
+        (_with("edgepress.json", max_length=1 << 40), "not one of the 128 positions"),
     ],
 )
 def test_damage_is_one_sentence(workload: Any, saved: Path, tmp_path: Path, damage: Any, message: str) -> None:
@@ -124,3 +143,4 @@ def test_damage_is_one_sentence(workload: Any, saved: Path, tmp_path: Path, dama
     with pytest.raises((InputError, Exception), match=message) as caught:
         checkpoint.read(folder, workload.data)
     assert caught.value.exit_code == 2  # type: ignore[attr-defined]
+    assert "\n" not in str(caught.value)

@@ -14,9 +14,9 @@ import edgepress as ep
 import pytest
 import torch
 from edgepress.errors import InputError, UsageError
-from edgepress.models import checkpoint, surgery
+from edgepress.models import checkpoint, sources, surgery
 from edgepress.models.inspect import inspect
-from edgepress.plan import PruningPlan
+from edgepress.plan import PruningPlan, Unit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -304,6 +304,49 @@ def test_a_checkpoint_cannot_make_a_function_run(nets: Path, tmp_path: Path) -> 
 def test_a_function_that_cannot_be_used_is_one_sentence(nets: Path, name: str, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         ep.load(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("def net(:", InputError, "module_of_a_user, of 'module_of_a_user:net', cannot be imported: SyntaxError: "),
+        ("net = undefined", InputError, "cannot be imported: NameError: name 'undefined'"),
+        ("import torch\ntorch.no_such_thing", InputError, "cannot be imported: AttributeError: "),
+        ("import no_such_package", InputError, "cannot be imported: ModuleNotFoundError: No module named 'no_such"),
+        ("raise SystemExit(0)", InputError, "cannot be imported: SystemExit: 0"),
+        ("", UsageError, "no function 'module_of_a_user:net': module_of_a_user has no 'net'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workload: Any, content: str, error: Any, message: str
+) -> None:
+    (tmp_path / "module_of_a_user.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for use in (ep.load, workload.judged_by, lambda name: sources.read(name, {})):
+        sys.modules.pop("module_of_a_user", None)
+        importlib.invalidate_caches()
+        with pytest.raises(error, match=message) as caught:
+            use("module_of_a_user:net")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float64"])
+def test_16_bits_become_32_and_64_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    (tmp_path / f"net_in_{kind}.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef net():\n"
+        "    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))\n"
+        f"    return body.to(torch.{kind}), torch.randn(1, 3, 8, 8, dtype=torch.{kind})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = ep.load(f"net_in_{kind}:net")
+    wanted = torch.float64 if kind == "float64" else torch.float32
+    tensors = [*found.module.parameters(), *found.module.buffers(), *found.example.values()]
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {wanted}
+    pruned = surgery.prune(found, PruningPlan.of([Unit("channel", 0, 1)]))
+    again = checkpoint.read(checkpoint.save(pruned, tmp_path / "out"), pruned.data, f"net_in_{kind}:net")
+    assert torch.equal(again.forward(found.example), pruned.forward(found.example))
+    assert inspect(pruned, rows=0)["params"] < inspect(found, rows=0)["params"]
 
 
 def test_from_the_command_line(nets: Path, edgepress: Any, tmp_path: Path) -> None:
