@@ -31,8 +31,8 @@ def plain_skeleton(workload: Workload) -> Skeleton:
     module: Any = workload.module
     if any(isinstance(layer, GroupedLinear) for layer in module.modules()):
         raise UsageError(
-            "Key/value groups serve unequal numbers of heads, which no configuration can say: prune a model whose groups "
-            "are equal, with --uniform, which takes as many heads from each."
+            "Key/value groups serve unequal numbers of heads, which no configuration can say: prune a model with equal "
+            "ones, and with --uniform, which takes as many heads from each."
         )
     if low_rank.ranks(module):
         raise UsageError(f"Layers of {workload.name} are factored, which no configuration can say.")

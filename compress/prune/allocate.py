@@ -112,8 +112,8 @@ def _heads_of_each_group(structure: Structure, values: Tensor, share: float, pla
         keep = min(max(round((1 - share) * site.count / len(groups)), 1), size)
         if keep * len(groups) == site.count:
             raise UsageError(
-                f"A head ratio of {share:g} takes no head from key/value groups of {size}, which all lose as many: give "
-                + (f"head={1 / size:.2g} or more, or a ratio for kv." if size > 1 else "a ratio for kv.")
+                f"A head ratio of {share:g} takes no head from key/value groups of {size}, which all lose as many: "
+                + (f"give head={1 / size:.2g} or more, or a ratio for kv." if size > 1 else "give a ratio for kv.")
             )
         scores = values[place].tolist()
         for heads in groups.values():
