@@ -81,7 +81,7 @@ def _pooled(output: Tensor, batch: Batch) -> Answers:
 OF_CLASSES = ("accuracy", "top5", "f1", "f1-macro", "matthews", *FIDELITY)
 
 CLASSIFICATION = Task("classification", OF_CLASSES, "agreement", _whole)
-REGRESSION = Task("regression", ("spearman", "pearson", "mse", "cosine"), "cosine", _whole)
+REGRESSION = Task("regression", ("spearman", "pearson", "mse", "number-agreement"), "number-agreement", _whole)
 TOKENS = Task(
     "token classification", ("token-accuracy", "token-f1-macro", "token-agreement"), "token-agreement", _of_tokens
 )
@@ -95,7 +95,7 @@ GENERATION = Task(
     _of_tokens,
 )
 RETRIEVAL = Task("retrieval", ("recall@1", "recall@5", "recall@10", *FIDELITY), "agreement", _whole)
-EMBEDDING = Task("embedding", ("cosine", "agreement", "kl"), "cosine", _pooled)
+EMBEDDING = Task("embedding", ("cosine", "agreement", "kl", "number-agreement"), "cosine", _pooled)
 
 
 def of(architecture: str, config: Mapping[str, Any], num_labels: int) -> Task:
