@@ -216,6 +216,20 @@ def test_one_number_and_no_labels(place: Path, monkeypatch: pytest.MonkeyPatch, 
         workload.judged_by("own_networks:number")
 
 
+def test_a_recurrent_network_is_not_trained_with_rounding(
+    here: Any, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(place))
+    x = np.random.default_rng(0).normal(size=(60, 10, 6)).astype(np.float32)
+    np.savez(tmp_path / "rows.npz", x=x, label=np.arange(60) % 3)
+    source = ("quantize", "own_networks:lstm", "--data", tmp_path / "rows.npz", "--scheme", "int8-dynamic")
+    ended = here(*source, "--steps", 3, "-o", tmp_path / "out")
+    assert ended.returncode == 2, ended.stderr
+    assert "where a layer is recurrent" in ended.stderr
+    assert "AttributeError" not in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.npz"]
+
+
 LEVELS = {"cnn": "speedup: 1.2", "wide": "speedup: 1.2", "shares": "channel: 0.5"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -34,19 +35,23 @@ def quantize(
     scheme: str = "int8-dynamic",
     *,
     rotate: bool = False,
+    seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> QuantizationPlan:
     """The quantization plan of ``workload`` under ``scheme``; ``options`` are the method's keyword arguments.
 
     With ``rotate`` channels are mixed first, wherever weights can hold that (:mod:`.rotate`); ``say`` is told where
-    not. Raises UnavailableError where they can nowhere.
+    not. ``seed`` draws the rows that the method calibrates on, and the rotation. Raises UnavailableError where channels
+    can be mixed nowhere.
     """
     method = get(scheme).quantize
+    if "seed" in signature(method).parameters:
+        options["seed"] = seed
     if not rotate:
         plain: QuantizationPlan = method(workload, **options)
         return plain
-    turned = rotation(workload)
+    turned = rotation(workload, seed=seed)
     for note in turned.notes:
         say(note)
     return under(turned.state, method(dequantized(workload, QuantizationPlan("fp32", state=turned.state)), **options))
