@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnavailableError
 from . import cells, media, sources, tasks
-from .data import NO_LABEL, SPLITS, Array, Batch, Data, Ints, Labels, Lazy, Rows, key_of, split
+from .data import NO_LABEL, SPLITS, Array, Data, Ints, Labels, Lazy, Rows, key_of, split
 from .skeleton import Skeleton
 from .sources import NO_COLUMN, Table
 from .tasks import Task
@@ -95,21 +95,17 @@ def with_rows(
             )
         workload = replace(workload, skeleton=replace(workload.skeleton, labels=tuple(map(str, range(classes)))))
     if folder is None and workload.task is tasks.EMBEDDING:
-        (answer,) = tasks.EMBEDDING.answers(_answer(workload, data), _one(workload))
-        if answer.size == 1:  # between numbers there is no angle
+        answer = _answer(workload, data)
+        if answer.numel() == 1 or (answer.dim() > 2 and answer.shape[-1] == 1):  # between numbers there is no angle
             workload = replace(workload, data=replace(rows, metric=tasks.REGRESSION.fidelity))
     return workload
-
-
-def _one(workload: Workload) -> Batch:
-    return next(workload.data.evaluation.batches(1))
 
 
 def _answer(workload: Workload, data: str) -> Tensor:
     """What a function's module answers to a row; InputError where it fails."""
     try:
         with torch.no_grad():
-            return workload.forward(_one(workload).inputs)
+            return workload.forward(next(workload.data.evaluation.batches(1)).inputs)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{data}: {workload.name} fails on a row with {why}.") from error

@@ -1,7 +1,8 @@
 """Padding: which positions of what a model computes are of real tokens.
 
 ``attention_mask`` is of the tokens that the encoder reads where there are two. So what comes in another shape is all
-real, and so is what a decoder computes even where its tokens are as many.
+real, and so is what a decoder computes even where its tokens are as many. That is not so of what its cross-attention
+makes of the encoder's tokens: where those are as many, their padding counts.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 METHODS = ("int8_dynamic", "int8", "int8_weight", "int4", "fp16", "bf16", "fp8")
 
 PREPARATIONS = ("rotate", "equalise")
-"""What :func:`quantize` can do to the weights before: the function stays, and less is lost by rounding."""
+"""What :func:`quantize` can do to the weights before: the function stays, and rounding may lose less."""
 
 
 def get(name: str) -> ModuleType:
