@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from types import ModuleType
 
 from .compress import quantize, score
@@ -24,6 +25,7 @@ def listing() -> list[dict[str, str]]:
     for kind, package in (("score", score), ("quantizer", quantize), ("runtime", backends)):
         names: tuple[str, ...] = package.BACKENDS if package is backends else package.METHODS
         rows += [_row(kind, name.replace("_", "-"), package.get(name)) for name in names]
+    rows += [_row("preparation", name, import_module(f"{quantize.__name__}.{name}")) for name in quantize.PREPARATIONS]
     for name in families.FAMILIES:
         family = families.get(name)
         kinds = f"model types {', '.join(family.model_types)}"

@@ -215,7 +215,7 @@ class _Run:
         return bool(self.recipe.quantize and self.recipe.quantize.rotate)
 
     def _plan(self, workload: Workload, scheme: str) -> QuantizationPlan:
-        return quantizers.quantize(workload, scheme, rotate=self._rotates, say=self.show.say)
+        return quantizers.quantize(workload, scheme, rotate=self._rotates, seed=self.recipe.seed, say=self.show.say)
 
     def _proven(self, name: str, title: str, workload: Workload, scheme: str, base: Variant) -> Variant | Broken:
         """The artifact in a scheme; one that computes something else is refused here, and the run goes on."""
@@ -373,6 +373,8 @@ class _Run:
         variant = None
         try:
             variant = self._artifact(name, title, workload, scheme, facts, None, train)
+        except UnavailableError as error:
+            self.show.say(str(error))
         except ParityError as error:
             self._refuse(name, title, str(error))
         shutil.rmtree(unfinished, ignore_errors=True)  # a run that is killed goes on from it
@@ -399,10 +401,10 @@ class _Run:
             "batch": self.recipe.measure.batch,
             "sequence": self.recipe.measure.sequence,
         }
-        rounding = cache(lambda: sensitivity.uncorrected(workload, scheme, rotate=self._rotates))
+        seed = self.recipe.seed
+        rounding = cache(lambda: sensitivity.uncorrected(workload, scheme, rotate=self._rotates, seed=seed))
 
         def measured(_: Path, progress: Progress) -> dict[str, Any]:
-            seed = self.recipe.seed
             found = mixed.costs(workload, rounding(), base.artifact, **where, seed=seed, progress=progress)
             return found.to_json()
 
@@ -424,7 +426,7 @@ class _Run:
                 scheme,
                 {"whole": whole.key, "in_float": in_float},
                 base,
-                lambda _: (workload, sensitivity.corrected(workload, rounding(), in_float)),
+                lambda _: (workload, sensitivity.corrected(workload, rounding(), in_float, seed=seed)),
             )
             self.show.say(f"{title}: {told(made.quality.metric, made.quality.drop or 0.0)}")
             return made

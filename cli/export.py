@@ -123,7 +123,7 @@ def write_artifact(
         def write(part: Workload, folder: Path) -> Artifact:
             plan = QuantizationPlan("fp32")
             if scheme != "fp32":
-                plan = quantizers.quantize(part, scheme, rotate=rotate, say=screen.say)
+                plan = quantizers.quantize(part, scheme, rotate=rotate, seed=seed, say=screen.say)
             if steps and folder != out:
                 raise UnavailableError(f"{workload.name} is exported in parts; --steps trains whole models alone.")
             if steps:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..models import padding
 from ..models.data import Batch
 from ..models.tasks import EMBEDDING, REGRESSION
 from ..models.workload import Workload
@@ -27,8 +28,8 @@ def distance(wanted: Tensor, found: Tensor, batch: Batch, *, by_class: bool) -> 
         each = (logs.exp() * (logs - functional.log_softmax(found, dim=-1))).sum(dim=-1)
     else:
         each = (found - wanted).square().mean(dim=-1) / wanted.square().mean()
-    mask = batch.inputs.get("attention_mask")
+    mask = padding.real(batch.inputs, wanted)
     each = each.reshape(len(each), -1)
-    if mask is None or mask.shape != each.shape:
+    if mask is None:
         return each.mean(dim=1)
     return torch.as_tensor((each * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))

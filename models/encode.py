@@ -94,6 +94,10 @@ def with_rows(
                 f"{data}: a row has class {max(strange)}, and the model tells {classes} classes apart, from 0 on."
             )
         workload = replace(workload, skeleton=replace(workload.skeleton, labels=tuple(map(str, range(classes)))))
+    if folder is None and workload.task is tasks.EMBEDDING:
+        answer = _answer(workload, data)
+        if answer.numel() == 1 or (answer.dim() > 2 and answer.shape[-1] == 1):  # between numbers there is no angle
+            workload = replace(workload, data=replace(rows, metric=tasks.REGRESSION.fidelity))
     return workload
 
 

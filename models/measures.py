@@ -228,8 +228,39 @@ def _agreement(outputs: Any, original: Any) -> Floats:
     return _share(outputs.argmax(axis=-1) == original.argmax(axis=-1))
 
 
+def _vectors(outputs: Any) -> Floats:
+    """What is answered to each row, [n, any]."""
+    return np.asarray(outputs, dtype=np.float64).reshape(len(outputs), -1)
+
+
+def _deviations(outputs: Any, original: Any) -> Floats:
+    """A row, its squared error, its square, and the original's numbers themselves: [n, 3 + numbers]."""
+    ours, theirs = _vectors(outputs), _vectors(original)
+    error = np.square(ours - theirs).sum(axis=1)
+    theirs = theirs - theirs.mean(axis=0)  # what they vary by does not move; its rounding does
+    return np.column_stack([np.ones(len(theirs)), error, np.square(theirs).sum(axis=1), theirs])
+
+
+def _determination(sums: Floats) -> Floats:
+    """100 (1 - error / variance about the mean): the coefficient of determination, R^2.
+
+    It is not clipped: 0 is as near as the original's mean answer is, below 0 is worse. Where the original answers every
+    row alike there is nothing to explain: 100 where the answers are the same to the last bit, else 0.
+    """
+    rows, error, square = sums[..., 0], sums[..., 1], sums[..., 2]
+    spread = square - np.square(sums[..., 3:]).sum(axis=-1) / np.maximum(rows, 1)
+    varies = spread > 1e-12 * square  # less is rounding
+    share = 1 - error / np.where(varies, spread, 1)
+    result: Floats = 100 * np.where(varies, share, error == 0)
+    return result
+
+
 def _cosine(outputs: Any, original: Any) -> Floats:
-    ours, theirs = (np.asarray(x, dtype=np.float64).reshape(len(x), -1) for x in (outputs, original))
+    ours, theirs = _vectors(outputs), _vectors(original)
+    if ours.shape[1] == 1:
+        raise InputError(
+            "The answers are one number a row, between which there is no angle: 'number-agreement' compares numbers."
+        )
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     return _share((ours * theirs).sum(axis=1) / np.maximum(norms, 1e-12))
 
@@ -263,6 +294,7 @@ KNOWN = {
         Metric("recall@5", partial(_top, k=5), _mean),
         Metric("recall@10", partial(_top, k=10), _mean),
         Metric("agreement", _agreement, _mean, against_original=True),
+        Metric("number-agreement", _deviations, _determination, against_original=True),
         Metric("cosine", _cosine, _mean, against_original=True),
         Metric("kl", _divergence, _mean, better=-1, against_original=True, unit="nats"),
     )

@@ -30,7 +30,10 @@ def plain_skeleton(workload: Workload) -> Skeleton:
     before = mapping.structure(workload.skeleton.build(), family, None)
     module: Any = workload.module
     if any(isinstance(layer, GroupedLinear) for layer in module.modules()):
-        raise UsageError("Key/value groups serve unequal numbers of heads: no configuration can say so; use --uniform.")
+        raise UsageError(
+            "Key/value groups serve unequal numbers of heads, which no configuration can say: prune a model with equal "
+            "ones, and with --uniform, which takes as many heads from each."
+        )
     if low_rank.ranks(module):
         raise UsageError(f"Layers of {workload.name} are factored, which no configuration can say.")
     if token_merging.merged(module):

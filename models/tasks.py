@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import InputError
+from . import padding
 from .data import NO_LABEL, Batch, Labels
 
 Answers = list[NDArray[Any]]
@@ -53,28 +54,25 @@ def _of_tokens(output: Tensor, batch: Batch) -> Answers:
     """
     logs = functional.log_softmax(output.detach().float(), dim=-1)
     chosen = logs.argmax(dim=-1)
-    labels = batch.labels.to(logs.device) if batch.labels is not None else _everywhere(batch, chosen)
+    labels = batch.labels.to(logs.device) if batch.labels is not None else _everywhere(batch, logs, chosen)
     real = labels != NO_LABEL
     likelihood = logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     both = torch.stack([chosen.float(), likelihood], dim=-1).numpy(force=True)
     return [row[keep] for row, keep in zip(both, real.numpy(force=True), strict=True)]
 
 
-def _everywhere(batch: Batch, chosen: Tensor) -> Tensor:
-    mask = batch.inputs.get("attention_mask")
-    return (
-        chosen
-        if mask is None or mask.shape != chosen.shape
-        else chosen.masked_fill(mask.to(chosen.device) == 0, NO_LABEL)
-    )
+def _everywhere(batch: Batch, output: Tensor, chosen: Tensor) -> Tensor:
+    """``chosen`` as labels, at every token of ``output`` that is not padding."""
+    real = padding.real(batch.inputs, output)
+    return chosen if real is None else chosen.masked_fill(~real.to(chosen.device), NO_LABEL)
 
 
 def _pooled(output: Tensor, batch: Batch) -> Answers:
     """The mean of the row's hidden states over its real tokens (Reimers & Gurevych 2019, arXiv 1908.10084)."""
     if output.dim() < 3:
         return _whole(output, batch)
-    mask = batch.inputs.get("attention_mask")
-    if mask is None or mask.shape != output.shape[:2]:
+    mask = padding.real(batch.inputs, output)
+    if mask is None:
         return _whole(output.flatten(1, -2).mean(dim=1), batch)
     weights = mask[..., None].to(output)
     return _whole((output * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1), batch)
@@ -83,7 +81,7 @@ def _pooled(output: Tensor, batch: Batch) -> Answers:
 OF_CLASSES = ("accuracy", "top5", "f1", "f1-macro", "matthews", *FIDELITY)
 
 CLASSIFICATION = Task("classification", OF_CLASSES, "agreement", _whole)
-REGRESSION = Task("regression", ("spearman", "pearson", "mse", "cosine"), "cosine", _whole)
+REGRESSION = Task("regression", ("spearman", "pearson", "mse", "number-agreement"), "number-agreement", _whole)
 TOKENS = Task(
     "token classification", ("token-accuracy", "token-f1-macro", "token-agreement"), "token-agreement", _of_tokens
 )
@@ -97,7 +95,7 @@ GENERATION = Task(
     _of_tokens,
 )
 RETRIEVAL = Task("retrieval", ("recall@1", "recall@5", "recall@10", *FIDELITY), "agreement", _whole)
-EMBEDDING = Task("embedding", ("cosine", "agreement", "kl"), "cosine", _pooled)
+EMBEDDING = Task("embedding", ("cosine", "agreement", "kl", "number-agreement"), "cosine", _pooled)
 
 
 def of(architecture: str, config: Mapping[str, Any], num_labels: int) -> Task:
@@ -139,15 +137,15 @@ def losses(task: Task, output: Tensor, batch: Batch, generator: torch.Generator)
             return 0.5 * (flat[:, 0] - labels.to(flat)).square()
         if labels is None:
             noise = torch.randn(output.shape, generator=generator).to(output)
-            mask = batch.inputs.get("attention_mask")
-            if mask is not None and mask.shape == output.shape[:2]:
+            mask = padding.real(batch.inputs, output)
+            if mask is not None:
                 noise = noise * mask[..., None].to(noise)
             return (output * noise).flatten(1).sum(dim=1) / math.sqrt(flat.shape[1])
     if labels is None:
         shares = output.detach().float().softmax(dim=-1).cpu()  # where the generator draws, the same on any device
         labels = torch.multinomial(shares.flatten(0, -2), 1, generator=generator).reshape(output.shape[:-1])
         labels = labels.to(output.device)
-        labels = _everywhere(batch, labels)
+        labels = _everywhere(batch, output, labels)
     if output.shape[:-1] != labels.shape:
         raise InputError(
             f"The model answers {list(output.shape[:-1])} tokens or rows, and {list(labels.shape)} have a label."

@@ -147,7 +147,8 @@ class Workload:
             raise UsageError(f"'{metric}' does not judge the answers of {self.task.name} (these do: {known}).")
         rows = self.data.evaluation
         if len(rows) and rows.labels is None and not rows.texts and not measure.against_original:
-            raise UsageError(f"The rows have no labels for '{metric}'; they can be judged by {self.task.fidelity}.")
+            known = self.data.metric if measures.get(self.data.metric).against_original else self.task.fidelity
+            raise UsageError(f"The rows have no labels for '{metric}'; they can be judged by {known}.")
         return replace(self, data=replace(self.data, metric=metric))
 
     def fingerprint(self) -> str:

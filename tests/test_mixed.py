@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edgepress import pipeline
 from edgepress.benchmarks import mixed
-from edgepress.errors import ParityError
+from edgepress.compress import quantize as quantizers
+from edgepress.errors import ParityError, UsageError
 from edgepress.export.artifact import open_artifact
 from edgepress.models.metrics import Quality
+from edgepress.recipe import Recipe
+from edgepress.stages import Silent
 from safetensors.torch import load_file, save_file
 
 from .test_cli import COLUMNS, refused
@@ -190,6 +194,28 @@ def test_rotated_values(here: Any, model_folder: Path, few: Path, tmp_path: Path
     assert second.parity is not None
     assert second.parity.cosine > 0.99
     refused(here("quantize", "any.onnx", "--rotate"), "takes --data with an .npz file")
+
+
+def test_the_seed_reaches_calibration_and_rotation(
+    here: Any, model_folder: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the command and a recipe plan with is looked at, and no file is written."""
+    seeds: list[int] = []
+
+    def plan(workload: Any, scheme: str, **options: Any) -> Any:
+        seeds.append(options["seed"])
+        raise UsageError("That is all.")
+
+    monkeypatch.setattr(quantizers, "quantize", plan)
+    for command in ("quantize", "export"):
+        source = (command, model_folder, "--data", few, *COLUMNS)
+        ended = here(*source, "--scheme", "int8", "--seed", 7, "-o", tmp_path / "o")
+        assert "That is all." in ended.stderr
+    run = pipeline._Run.__new__(pipeline._Run)
+    run.recipe, run.show = Recipe(model=str(model_folder), seed=9), Silent()
+    with pytest.raises(UsageError, match="That is all"):
+        run._plan(None, "int8")  # type: ignore[arg-type] # nothing looks at it
+    assert seeds == [7, 7, 9]
 
 
 def test_within_a_drop_too(here: Any, ruined: Path, few: Path, tmp_path: Path) -> None:

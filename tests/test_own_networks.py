@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from edgepress import cli
-from edgepress.errors import InputError
+from edgepress.errors import InputError, UsageError
 from edgepress.models import metrics
 from PIL import Image
 
@@ -54,6 +54,20 @@ def wide():
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(96, 3)), torch.zeros(1, 1, 12, 12)
+
+
+def number():
+    torch.manual_seed(0)
+    return Number(), torch.zeros(1, 6)
+
+
+class Number(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def forward(self, x):
+        return self.layers(x)
 
 
 def words():
@@ -182,6 +196,38 @@ def test_numbers_and_no_labels(place: Path, monkeypatch: pytest.MonkeyPatch, tmp
     losses = without.losses(next(without.data.calibration.batches(4)))
     assert torch.isfinite(losses).all()
     assert losses.requires_grad
+
+
+def test_one_number_and_no_labels(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A network that answers a number is held to its numbers: an angle would find any other the same."""
+    monkeypatch.syspath_prepend(str(place))
+    np.savez(tmp_path / "none.npz", x=np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32))
+    workload = ep.load("own_networks:number", str(tmp_path / "none.npz"))
+    assert workload.data.metric == "number-agreement"
+    changed = ep.prune(workload, ep.score(workload, "magnitude"), ratio=0.5)
+    with torch.no_grad():
+        x = torch.from_numpy(np.stack(list(workload.data.evaluation.inputs["x"])))
+        theirs, ours = workload.module(x)[:, 0], changed.module(x)[:, 0]
+    found = metrics.of_modules(changed, workload)
+    explained = 1 - (ours - theirs).square().sum() / (theirs - theirs.mean()).square().sum()
+    assert found["value"] == pytest.approx(100 * float(explained), rel=1e-5)
+    assert found["drop"] > 1
+    with pytest.raises(UsageError, match="no labels for 'own_networks:number'; they can be judged by number-agree"):
+        workload.judged_by("own_networks:number")
+
+
+def test_a_recurrent_network_is_not_trained_with_rounding(
+    here: Any, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(place))
+    x = np.random.default_rng(0).normal(size=(60, 10, 6)).astype(np.float32)
+    np.savez(tmp_path / "rows.npz", x=x, label=np.arange(60) % 3)
+    source = ("quantize", "own_networks:lstm", "--data", tmp_path / "rows.npz", "--scheme", "int8-dynamic")
+    ended = here(*source, "--steps", 3, "-o", tmp_path / "out")
+    assert ended.returncode == 2, ended.stderr
+    assert "where a layer is recurrent" in ended.stderr
+    assert "AttributeError" not in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.npz"]
 
 
 LEVELS = {"cnn": "speedup: 1.2", "wide": "speedup: 1.2", "shares": "channel: 0.5"}

@@ -217,8 +217,8 @@ def _curve(trials: _Trials, site: Site, order: _Order, already: Mapping[int, flo
     at = np.array(sorted(measured))
     levels = np.maximum.accumulate([measured[kept] for kept in at[::-1]])[::-1]
     error = order.errors
-    losses = np.empty(site.count + 1)
-    losses[: at[0]] = np.inf  # fewer may not stay
+    losses = np.full(site.count + 1, np.inf)  # fewer than the first count may not stay
+    losses[site.count] = 0.0
     for low, high, lost, less in zip(at, at[1:], levels, levels[1:], strict=False):
         span = error[low] - error[high]
         share = (error[low : high + 1] - error[high]) / span if span > 0 else np.linspace(1, 0, high - low + 1)

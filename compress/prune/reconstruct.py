@@ -19,14 +19,14 @@ its place: they would not merge the same ones, and t and s_p not be of one token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...models import hidden, low_rank, token_merging
+from ...models import hidden, low_rank, padding, token_merging
 from ...models.data import Batch
 from ...models.layers import matrix
 from ...models.structure import Site
@@ -92,7 +92,8 @@ def _solve(then: tuple[Replay, Site], now: tuple[Replay, Site], ridge: float, st
     gram = held.new_zeros(held.shape[1], held.shape[1])
     cross = torch.zeros_like(held)
     for batch, inputs, target in _targets(then, now, stream):
-        real = _real(batch.inputs, inputs)
+        real = padding.real(batch.inputs, inputs, now[1].consumer, row_axis=now[1].row_axis)
+        real = torch.ones(inputs.shape[:-1], dtype=torch.bool) if real is None else real
         features = nn.functional.pad(inputs[real], (0, held.shape[1] - weights.shape[1]), value=1.0).double()
         gram += features.T @ features
         cross += target[real].double().T @ features
@@ -147,11 +148,3 @@ def _fit(factored: low_rank.LowRank, solved: Tensor, gram: Tensor, width: int) -
     mean = gram[-1, :width] / tokens if biased else gram.new_zeros(width)
     seen = Moments(1, mean, gram.diagonal()[:width] / tokens, gram[:width, :width] / tokens)
     fit(factored, solved[:, :width], solved[:, -1] if biased else None, seen)
-
-
-def _real(inputs: Mapping[str, Tensor], features: Tensor) -> Tensor:
-    """Which positions of ``features`` [..., features] are tokens and not padding."""
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.shape != features.shape[:-1]:
-        return torch.ones(features.shape[:-1], dtype=torch.bool)
-    return mask.bool()

@@ -19,6 +19,7 @@ from ...models.workload import Progress, Workload
 from ...plan import QuantizationPlan
 from ..recover import recover
 from .calibrate import output_ranges
+from .fake import check_imitable
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ def distilled(
     """``workload`` trained to answer as ``original`` (itself, if not said) once ``plan`` is written; options as
     :func:`..recover.recover` has them.
 
-    Raises UsageError where the plan's weights are codes that are rounded already, and as the recovery does.
+    Raises UsageError where the plan's weights are codes that are rounded already, UnavailableError where a layer is
+    recurrent, and as the recovery does.
     """
     if plan.codes or plan.scheme not in {"int8", "int8-dynamic"}:
         raise UsageError(f"A model is trained for int8 or int8-dynamic, not for '{plan.scheme}' or codes that are set.")
+    check_imitable(workload.module, plan.weights)
     recovered = recover(
         dequantized(workload, plan),
         original or workload,

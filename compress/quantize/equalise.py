@@ -6,7 +6,7 @@ What    Where a tensor between two layers can be scaled by channel without a cha
         have the same largest weight, sqrt(r1_i r2_i), and one scale for a whole weight fits its channels better.
 When    Without rows, before weights are quantized with one scale each, and where convolutions follow one another. With
         a scale for each output channel the second layer alone gains. Where rows are at hand, smoothing sees the inputs
-        too.
+        too. ``quantize(workload, scheme, equalise=True)``.
 Cost    A pass of the example for each pair of layers, and ``rounds`` times two vectors a pair; no rows.
 Source  Nagel et al. 2019, arXiv 1906.04721, section 4.1
 """

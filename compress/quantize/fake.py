@@ -14,7 +14,7 @@ al. 2020 (arXiv 2004.09576) for learned ranges, and LSQ, Esser et al. 2020 (arXi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...errors import UnavailableError
 from ...plan import QuantizationPlan
 
 LEVELS = 255
@@ -34,7 +35,11 @@ Span = tuple[float, float]
 
 @contextmanager
 def quantized(module: nn.Module, plan: QuantizationPlan, names: Collection[str] | None = None) -> Iterator[None]:
-    """Within the context ``module`` has the plan's state, and its modules ``names`` (all the plan's) are quantized."""
+    """Within the context ``module`` has the plan's state, and its modules ``names`` (all the plan's) are quantized.
+
+    Raises UnavailableError where one is recurrent.
+    """
+    check_imitable(module, plan.weights if names is None else names)
     with ExitStack() as stack:
         stack.enter_context(holding(module, plan.state))
         for name in plan.weights if names is None else names:
@@ -79,8 +84,9 @@ def learning(module: nn.Module, plan: QuantizationPlan) -> Iterator[dict[str, Ra
     that an optimiser changes take effect; ranges of inputs are parameters of the layers too, and what is yielded.
 
     The plan has no state: it is in the module already. Layers of one range, as those that read the same tensor have,
-    go on sharing it.
+    go on sharing it. Raises UnavailableError where a layer is recurrent.
     """
+    check_imitable(module, plan.weights)
     found: dict[str, Ranges] = {}
     shared: dict[Span, Ranges] = {}
     with ExitStack() as stack:
@@ -95,6 +101,17 @@ def learning(module: nn.Module, plan: QuantizationPlan) -> Iterator[dict[str, Ra
                 hook = _rounding_input(found.get(name), plan.smooth.get(name))
                 stack.callback(layer.register_forward_pre_hook(hook).remove)
         yield found
+
+
+def check_imitable(module: nn.Module, names: Iterable[str]) -> None:
+    """Raise UnavailableError where one of the modules ``names`` is recurrent: it has no weight of that name, and rounds
+    its state at every step."""
+    recurrent = [name for name in names if isinstance(module.get_submodule(name), nn.RNNBase)]
+    if recurrent:
+        raise UnavailableError(
+            f"Rounding cannot be imitated yet where a layer is recurrent, so what it costs can neither be tried by "
+            f"operator nor trained away: '{recurrent[0]}'."
+        )
 
 
 def _dynamic(layer: nn.Module, plan: QuantizationPlan) -> bool:

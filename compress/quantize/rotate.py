@@ -3,7 +3,7 @@
 What    Random-signed Hadamard matrices, folded into the weights on both sides of a tensor: of every attention's values,
         head by head, and of the residual stream. The function stays the same, and what is rounded has fewer outliers.
 When    Before weights, or weights and inputs, are rounded to few bits, where a few channels are far larger than the
-        rest. docs/quantization.md has what it brings, which is little where there are none.
+        rest. docs/quantization.md has what it brings, which is little where there are none. ``--rotate``.
 Cost    Two products with [hidden, hidden] for each weight, a few passes of the example, no rows; nothing at run time.
 Source  Ashkboos et al. 2024, "QuaRot", arXiv 2404.00456; Liu et al. 2024, "SpinQuant", arXiv 2405.16406; the computed
         function's invariance: Ashkboos et al. 2024, "SliceGPT", arXiv 2401.15024

@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...errors import ConstraintError, UnavailableError, UsageError
+from ...errors import UsageError
 from ...models.data import Batch
 from ...models.workload import Progress, Workload
 from ...plan import QuantizationPlan
 from ..distance import by_class, distance
 from ..score.evidence import BATCH
 from . import bias_correction, quantize
-from .fake import quantized
+from .fake import check_imitable, quantized
 
 T = TypeVar("T")
 
@@ -81,10 +81,8 @@ def uncorrected(
         raise UsageError(f"What '{scheme}' costs operator by operator is not known (it is for: {', '.join(SCHEMES)}).")
     if scheme == "int8":
         return quantize(workload, scheme, rotate=rotate, correct_bias=False, seed=seed, progress=progress)
-    found = quantize(workload, scheme, rotate=rotate)
-    recurrent = [name for name in found.weights if isinstance(workload.module.get_submodule(name), nn.LSTM)]
-    if recurrent:
-        raise UnavailableError(f"What rounding costs cannot be tried yet where a layer is recurrent: '{recurrent[0]}'.")
+    found = quantize(workload, scheme, rotate=rotate, seed=seed)
+    check_imitable(workload.module, found.weights)
     return found
 
 
@@ -104,34 +102,6 @@ def measure(
         if progress:
             progress(done, len(names), "operators tried")
     return Sensitivity(trials.distance(plan, names), alone, without)
-
-
-def mixed(
-    workload: Workload,
-    plan: QuantizationPlan,
-    budget: float,
-    *,
-    rows: int = 32,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> QuantizationPlan:
-    """``plan`` with the fewest operators in float for which the distance is at most ``budget``, in the units of
-    :class:`Sensitivity`; of those the most sensitive first.
-
-    Each number that is tried is measured. Raises ConstraintError where even one quantized operator costs
-    more. ``plan``'s state must leave the function as it is; biases are corrected afterwards.
-    """
-    trials, names = Trials(workload, rows=rows, seed=seed), list(plan.weights)
-    if trials.distance(plan, names) <= budget:
-        return plan
-    order = measure(workload, plan, rows=rows, seed=seed, progress=progress).order()
-    count = fewest(len(names), lambda count: trials.distance(plan, order[count:]) <= budget)
-    if count == len(names):
-        raise ConstraintError(
-            f"No operator of {workload.name} can be quantized: the distance may be {budget:.3g}, and with "
-            f"'{order[-1]}' alone it is {trials.distance(plan, order[-1:]):.3g}."
-        )
-    return keeping(plan, order[:count])
 
 
 def fewest(most: int, inside: Callable[[int], bool]) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import UsageError
-from ...models import families, hidden, tasks
+from ...models import families, hidden, padding, tasks
 from ...models.data import Batch
 from ...models.workload import Workload
 
@@ -78,9 +78,9 @@ class Objective:
     def _parts(
         self, term: str, task: tasks.Task, batch: Batch, ours: Seen, theirs: Seen
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        mask = batch.inputs.get("attention_mask")
         for student, original in self.pairs.get(term, ()):
             for mine, target in zip(ours[1][student], theirs[1][original], strict=True):
+                mask = padding.real(batch.inputs, mine, student)
                 if term == "relations":
                     yield _relations(_fine(mine), _fine(target), mask)
                 else:
@@ -96,7 +96,7 @@ class Objective:
         if term == "labels":
             each = tasks.losses(task, mine, batch, torch.Generator())
             return each.sum(), len(each)
-        mask = batch.inputs.get("attention_mask")
+        mask = padding.real(batch.inputs, mine)
         a, b = _real(mine, mask), _real(target, mask)
         if term == "logits":
             return (a - b).square().sum(), a.numel()
@@ -191,10 +191,9 @@ def _has(workload: Workload, block: str, names: set[str]) -> bool:
     return names <= modules
 
 
-def _relations(mine: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _relations(mine: Tensor, target: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """Divergence of the softmax over tokens of scaled products, and the same of a uniform one; states are [batch,
     sequence, features]."""
-    real = None if mask is None or mask.shape != mine.shape[:-1] else mask.bool()
     logs = []
     for states in (mine, target):
         products = states @ states.transpose(-1, -2) / math.sqrt(states.shape[-1])
@@ -217,8 +216,8 @@ def _fine(values: Tensor) -> Tensor:
 
 
 def _real(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The entries of ``values`` that are of real tokens, [tokens, features]; all where there are none."""
-    return values[mask.bool()] if mask is not None and mask.shape == values.shape[:-1] else values
+    """The entries of ``values`` that ``mask`` says are of real tokens, [tokens, features]; without one all."""
+    return values if mask is None else values[mask]
 
 
 def _sizes(original: Workload, terms: Sequence[str], temperature: float) -> dict[str, float]:
@@ -231,7 +230,8 @@ def _sizes(original: Workload, terms: Sequence[str], temperature: float) -> dict
     device = next(original.module.parameters()).device
     with torch.no_grad():
         for batch in (moved(part, device) for part in original.data.calibration.take(SAMPLE).batches(32)):
-            answer = _real(_fine(original.forward(batch.inputs)), batch.inputs.get("attention_mask"))
+            answer = _fine(original.forward(batch.inputs))
+            answer = _real(answer, padding.real(batch.inputs, answer))
             squares, count = squares + float(answer.square().sum()), count + answer.numel()
             if "kl" in terms:
                 logs = functional.log_softmax(answer / temperature, dim=-1).flatten(0, -2)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models import padding
 from ...models.layers import columns, matrix
 from ...models.structure import Cut, Site, Structure
 from .contribution import turn, turns
@@ -94,16 +95,11 @@ class Seen:
         """``values`` [batch, …, features] at the module ``name`` as [tokens, features] in float32 or finer, without
         those of padding.
 
-        Padding is known by ``attention_mask``, which is of the encoder where there are two: what comes in another shape
-        is all real, and so is what the layers of a decoder read where its tokens are as many.
+        Padding is known as :mod:`...models.padding` says.
         """
         values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
-        mask, decoded = self.inputs.get("attention_mask"), self.inputs.get("decoder_input_ids")
-        if mask is None or (decoded is not None and decoded.shape == mask.shape and "decoder" in name):
-            return values.flatten(0, -2)
-        mask = mask.T.bool() if site.row_axis else mask.bool()
-        padded = mask.shape == values.shape[:-1] and not bool(mask.all())
-        return values[mask] if padded else values.flatten(0, -2)
+        mask = padding.real(self.inputs, values, name, row_axis=site.row_axis)
+        return values.flatten(0, -2) if mask is None or bool(mask.all()) else values[mask]
 
 
 @contextmanager

@@ -12,11 +12,13 @@ import pytest
 import torch
 from edgepress.compress.distance import distance as distance_of
 from edgepress.compress.prune import predicted
+from edgepress.compress.prune.allocate import by_ratio
 from edgepress.compress.prune.budget import choices, fewest
 from edgepress.compress.prune.elimination import AT_ONCE, eliminate, nested
 from edgepress.compress.score.evidence import gather
 from edgepress.compress.score.obs import damped
 from edgepress.compress.score.weights import places
+from edgepress.models import surgery
 from edgepress.models.layers import matrix
 from edgepress.models.surgery import gated
 from torch import Tensor
@@ -146,6 +148,18 @@ def test_predicted_losses_are_those_of_the_cut_and_solved_model(name: str, with_
         assert losses[kept] >= float(distance.mean()) - 1e-9  # never less than measured, as more units go
         if site.kind == "block":
             assert losses[0] == pytest.approx(float(distance.mean()))
+
+
+def test_the_losses_of_a_site_with_one_unit(with_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One group that all heads read cannot go, and costs nothing where it stays, whatever memory held before."""
+    small = with_rows("llama")
+    values = torch.rand(small.structure.num_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    single = surgery.prune(small, by_ratio(small.structure, values, {"kv": 0.9}))
+    assert [site.count for site in single.structure.of_kind("kv")] == [1, 1]
+    monkeypatch.setattr(predicted.np, "empty", lambda shape, *more, **options: np.full(shape, 7.0, *more, **options))
+    found = predicted.predict(single, values[: single.structure.num_units], rows=10, trial_rows=10)
+    for site in single.structure.of_kind("kv"):
+        assert found.losses[site].tolist() == [np.inf, 0.0]
 
 
 def _solve(module: Any, site: Any, gone: Any, moments: Any) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from edgepress.compress.quantize import equalise
-from edgepress.compress.quantize.fake import holding
+from edgepress import methods
+from edgepress.compress import quantize as quantizers
+from edgepress.compress.quantize import equalise, rotate
+from edgepress.compress.quantize.fake import holding, quantized
+from edgepress.errors import UnavailableError
 from edgepress.models import families, mapping
 from edgepress.models.data import Data
 from edgepress.models.layers import matrix
@@ -79,3 +83,50 @@ def test_a_feature_of_zeros_stays(with_rows: Callable[..., Any]) -> None:
     state = equalise.equalised(workload)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
     assert torch.equal(state["0.bias"][[2, 5]], workload.module[0].bias.detach()[[2, 5]])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight"])
+def test_a_plan_holds_the_scales(scheme: str) -> None:
+    """Of a chain whose channels differ much in size less is lost, and a part that is missing would show."""
+    workload = _chain(nn.ReLU)
+    with torch.no_grad():  # the same function, made hard to round
+        uneven = torch.logspace(-2, 2, 12, dtype=torch.float64)
+        workload.module[0].weight.mul_(uneven[:, None])  # type: ignore[operator]
+        workload.module[0].bias.mul_(uneven)  # type: ignore[operator]
+        workload.module[2].weight.div_(uneven)  # type: ignore[operator]
+    plain, equal = (quantizers.quantize(workload, scheme, equalise=given) for given in (False, True))
+    assert plain.weights == equal.weights
+    coded = {f"{name}.weight" for name in equal.codes}
+    assert equal.state.keys() == equalise.equalised(workload).keys() - coded
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    lost = []
+    with torch.no_grad():
+        wanted = workload.module(x)
+        for plan in (plain, equal):
+            with quantized(workload.module, plan):
+                lost.append(float((workload.module(x) - wanted).norm() / wanted.norm()))
+    assert lost[1] < 0.5 * lost[0] < 0.5
+
+
+def test_rotated_and_then_equalised(with_rows: Callable[..., Any]) -> None:
+    workload = with_rows("mistral")
+    plan = quantizers.quantize(workload, "int8-dynamic", rotate=True, equalise=True)
+    turned = rotate.rotation(workload).state
+    assert plan.state.keys() >= turned.keys()
+    assert any(not torch.equal(plan.state[name], turned[name]) for name in turned)
+    with torch.no_grad():
+        wanted = workload.forward(workload.example)
+        with holding(workload.module, plan.state):
+            assert torch.allclose(workload.forward(workload.example), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_what_has_nothing_to_share_is_said() -> None:
+    with pytest.raises(UnavailableError, match="No tensor of net lies between two layers that can share a scale"):
+        quantizers.quantize(_chain(nn.GELU), equalise=True)
+
+
+def test_preparations_are_listed() -> None:
+    rows = {row["name"]: row for row in methods.listing() if row["kind"] == "preparation"}
+    assert tuple(rows) == quantizers.PREPARATIONS
+    assert all(row["what"] and row["when"] and row["source"] for row in rows.values())
+    assert set(rows) <= inspect.signature(quantizers.quantize).parameters.keys()

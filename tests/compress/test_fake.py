@@ -10,6 +10,7 @@ import pytest
 import torch
 from edgepress.compress.quantize.choice import products, tables
 from edgepress.compress.quantize.fake import LEVELS, Ranges, grid, learning, quantized, rounded_input
+from edgepress.errors import UnavailableError
 from edgepress.models.layers import matrix
 from edgepress.plan import Codes, QuantizationPlan
 from torch import Tensor, nn
@@ -43,6 +44,16 @@ def test_a_layer_computes_what_integers_do(kind: str, smoothed: bool) -> None:
     whole = (given - zero) @ codes.T
     expected = whole * scales[:, 0] * scale + module[0].bias.detach().double().numpy()
     assert np.allclose(found.numpy(), expected, atol=1e-4)
+
+
+def test_recurrent_layers_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+    plan = QuantizationPlan("int8-dynamic", {"0": "int8", "1": "int8"})
+    for entered in (quantized(module, plan), learning(module, plan)):
+        with pytest.raises(UnavailableError, match=r"where a layer is recurrent, .*: '1'"), entered:
+            pass
+    with quantized(module, plan, ["0"]):
+        module(torch.zeros(2, 3, 4))
 
 
 def test_dynamic_schemes_round_to_the_range_of_what_comes() -> None:

@@ -58,6 +58,14 @@ def test_equal_calls_give_equal_plans(with_rows: Callable[..., Any]) -> None:
         assert all(torch.equal(mine[name], others[name]) for name in mine)
 
 
+def test_a_seed_draws_rows_where_a_scheme_takes_any(with_rows: Callable[..., Any]) -> None:
+    workload = with_rows("llama")
+    assert quantizers.quantize(workload, "int8", rows=3, seed=3) == int8.quantize(workload, rows=3, seed=3)
+    drawn = [quantizers.quantize(workload, "fp8", rows=3, seed=seed).activations for seed in (0, 3)]
+    assert drawn[0] != drawn[1]
+    assert quantizers.quantize(workload, "int8-dynamic", seed=3) == int8_dynamic.quantize(workload)
+
+
 def test_kept_layers_stay_in_float_and_the_function_is_kept(with_rows: Callable[..., Any]) -> None:
     workload = with_rows("vit")
     keep = [name for name in choice.products(workload) if name.endswith(("q_proj", "fc2"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgepress.compress.prune.allocate import by_ratio
 from edgepress.compress.prune.reconstruct import reconstruct
 from edgepress.compress.prune.replay import Replay
 from edgepress.models import surgery
+from edgepress.models.data import Data
 from edgepress.plan import PruningPlan
 from torch import Tensor
 
@@ -132,3 +134,34 @@ def test_blocks_that_read_what_an_earlier_one_made_run_from_the_start(with_rows:
     first.register_forward_hook(lambda _, __, output: seen.__setitem__(slice(None), [replay.first(output)]))
     last.forward = MethodType(twice, last)
     assert not Replay(workload, []).possible
+
+
+def test_all_tokens_of_a_decoder_are_solved_for(with_rows: Callable[[str], Any]) -> None:
+    """Where they are as many as the encoder's, whose padding is none of theirs: the solution by hand."""
+    workload = with_rows("t5")
+    rows = workload.data.calibration
+    inputs = {
+        "input_ids": [ids[: 4 - 3 * (row % 2)] for row, ids in enumerate(rows.inputs["input_ids"])],
+        "decoder_input_ids": [ids[:4] for ids in rows.inputs["decoder_input_ids"]],
+    }
+    workload = replace(workload, data=Data(*[replace(rows, inputs=inputs, labels=None)] * 3))
+    site = workload.structure.site("ffn", 5)
+    pruned = surgery.prune(workload, PruningPlan.of(site.units[:15]))
+    kept = list(range(15, site.count))
+    found = reconstruct(workload, pruned, ridge=1e-2).module.get_submodule(site.consumer).weight
+
+    layer = workload.module.get_submodule(site.consumer)
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in workload.data.calibration.batches(32):
+            assert batch.inputs["attention_mask"].shape == batch.inputs["decoder_input_ids"].shape
+            workload.forward(batch.inputs)
+    handle.remove()
+    x = torch.cat(seen)
+    assert len(x) == 4 * len(rows)
+    z = x[:, kept]
+    weight = 1e-2 * (z.T @ z).diagonal().mean()
+    right = x @ layer.weight.T
+    solved = torch.linalg.solve(z.T @ z + weight * torch.eye(len(kept)), z.T @ right + weight * layer.weight[:, kept].T)
+    assert torch.allclose(found, solved.T, rtol=1e-8, atol=1e-10)

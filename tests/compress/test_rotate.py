@@ -120,6 +120,14 @@ def test_a_plan_holds_the_rotation(scheme: str, with_rows: Any) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < (0.5 if scheme == "int4" else 0.05)
 
 
+def test_a_seed_draws_the_rotation(with_rows: Any) -> None:
+    workload = with_rows("mistral")
+    for seed in (0, 5):
+        plan, turned = quantizers.quantize(workload, rotate=True, seed=seed), rotate.rotation(workload, seed=seed)
+        assert plan.state.keys() == turned.state.keys()
+        assert all(torch.equal(tensor, turned.state[name]) for name, tensor in plan.state.items())
+
+
 def test_what_cannot_be_rotated_is_said(with_rows: Any) -> None:
     said: list[str] = []
     quantizers.quantize(with_rows("bert"), "int8-dynamic", rotate=True, say=said.append)

@@ -72,6 +72,7 @@ REFERENCES: dict[str, tuple[Any, Any, Callable[[], float]]] = {
     "recall@10": (LOGITS, LABELS, lambda: 100.0),
     "agreement": (LOGITS, OTHER, lambda: 100 * float(np.mean(OTHER.argmax(1) == GUESSES))),
     "cosine": (X[:, None] * LOGITS, LOGITS, lambda: 100 * float(np.mean(np.sign(X)))),
+    "number-agreement": (X[:, None], Y, lambda: 100 * sklearn.r2_score(Y, X)),
     "kl": (LOGITS, OTHER, lambda: _mean_divergence(LOGITS, OTHER)),
 }  # fmt: skip
 
@@ -93,11 +94,13 @@ def test_values_agree_with_a_reference(name: str) -> None:
     assert metric.value(metric.count(outputs, labels).sum(axis=0)) == pytest.approx(reference(), rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "f1-macro", "matthews", "pearson", "mse", "perplexity"])
+@pytest.mark.parametrize(
+    "name", ["accuracy", "f1-macro", "matthews", "pearson", "number-agreement", "mse", "perplexity"]
+)
 def test_the_interval_agrees_with_a_plain_bootstrap(name: str) -> None:
     outputs, labels, _ = REFERENCES[name]
-    found = metrics.quality(name, outputs, labels)
     metric = measures.get(name)
+    found = metrics.quality(name, outputs, labels, original=labels if metric.against_original else None)
     plain = []
     for _ in range(3000):
         rows = RANDOM.integers(0, len(labels), len(labels))
@@ -135,6 +138,34 @@ def test_fidelity_compares_with_the_original() -> None:
     assert metrics.quality("agreement", LOGITS, None).value == 100
     found = metrics.quality("agreement", OTHER, None, original=LOGITS)
     assert found.drop == pytest.approx(100 - found.value)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_numbers_agree_by_what_is_explained_of_the_originals_variance(width: int) -> None:
+    """Large offsets, several numbers a row, and a change of all of them alike, which no angle or rank would show."""
+    theirs = 1e4 + RANDOM.normal(size=(200, width))
+    for ours in (theirs + 0.1, 0.9 * theirs, theirs + 0.3 * RANDOM.normal(size=theirs.shape), theirs[::-1]):
+        found = metrics.quality("number-agreement", ours, None, original=theirs)
+        expected = 100 * sklearn.r2_score(theirs, ours, multioutput="variance_weighted")
+        assert found.value == pytest.approx(expected, rel=1e-9)
+        assert found.drop == pytest.approx(100 - expected)
+        assert found.low <= found.value <= found.high
+    assert metrics.quality("number-agreement", theirs, None).value == 100
+    assert metrics.quality(
+        "number-agreement", theirs.mean(0) + 0 * theirs, None, original=theirs
+    ).value == pytest.approx(0)
+
+
+def test_numbers_that_never_change() -> None:
+    same = np.full(50, 3.7)
+    assert metrics.quality("number-agreement", same, None, original=same).value == 100
+    found = metrics.quality("number-agreement", same + 1e-3, None, original=same)
+    assert (found.value, found.low, found.high, found.drop) == (0, 0, 0, 100)
+
+
+def test_one_number_has_no_angle() -> None:
+    with pytest.raises(InputError, match=r"one number a row.*'number-agreement' compares numbers"):
+        metrics.quality("cosine", X[:, None], None, original=Y[:, None])
 
 
 def test_a_users_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workload: Any) -> None:
