@@ -40,13 +40,14 @@ def speedup(original: Measurement, other: Measurement) -> Speedup:
     What slows a machine down for a while cancels in it, as it does not from the medians of whole runs. The run is cut
     into ten segments with a median ratio each (offline a mean one); the value is their geometric mean, and its
     interval, at ``runner.CONFIDENCE``, that of ``runner.interval``, which says why it is honest where samples are no
-    independent draws. Raises UsageError where the two cannot be compared: other shapes or scenarios, other machines,
+    independent draws. A ``sequence`` is compared where both have one: what takes images, or tokens of one length alone,
+    has none. Raises UsageError where the two cannot be compared: other shapes or scenarios, other machines,
     another number of rounds, or fewer than there are segments.
     """
     reasons = differences(original.environment, other.environment)
     for field in ("target", "batch", "sequence", "past", "scenario", "per_slice", "rate"):
         ours, theirs = getattr(original, field), getattr(other, field)
-        if ours != theirs:
+        if ours != theirs and (field != "sequence" or (ours and theirs)):
             reasons.append(f"{field} is {ours} and {theirs}")
     if len(original.samples) != len(other.samples):
         reasons.append(f"{len(original.samples)} and {len(other.samples)} rounds were taken")

@@ -32,6 +32,7 @@ def warnings(environment: Mapping[str, Any]) -> list[str]:
     found = []
     if environment.get("governor") in UNSTEADY_GOVERNORS:
         found.append(f"the CPU governor is '{environment['governor']}'; 'performance' gives steadier figures")
+    found += environment.get("unprofiled") or []
     return found + unfit(environment.get("watch") or {})
 
 

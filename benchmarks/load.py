@@ -59,14 +59,15 @@ def benchmark(
     After these come, if asked for, the energy of each where the target has a meter, and the time of its operators, in a
     process that times nothing else.
 
-    It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
-    have no ``sequence``: it is 0 in what is returned. After a ``past`` of so many tokens their keys and values are
+    It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Artifacts without tokens
+    have no ``sequence``: it is 0 in what is returned of them. After a ``past`` of so many tokens their keys and values are
     given. ``scenario`` is "single-stream", "offline" or "server", for which queries, of ``batch`` rows each, come at
     random, ``rate`` a second, the same for all that have the same ``seed``; see ``runner``. A single-stream run with a
     ``confidence_width``, 0.01 for 1 %, ends as soon as it is as precise (``runner.timed_rounds``). Raises UsageError
     where these do not fit together or the shape lies outside the range that an artifact was proven in, and
     UnavailableError where its runtime cannot be measured, or not in operators. DoesNotFitError names those that need
-    more memory than an imitated device has. On a device it raises what ``targets.connect`` does, and ParityError where
+    more memory than an imitated device has; where energy or profiles alone do, what is returned is without them, and
+    its environment says why. On a device it raises what ``targets.connect`` does, and ParityError where
     an artifact that came with references does not answer there as it did where it was proven.
     """
     if not artifacts:
@@ -78,8 +79,6 @@ def benchmark(
         check_shape(artifact, batch, sequence, past)
     if profile:
         _check_profilers(artifacts)
-    if not _has_axis(artifacts[0], "sequence"):
-        sequence = 0
     runtimes = (artifact.manifest.runtime for artifact in artifacts)
     with targets.connect(where, *runtimes) as (host, where), tempfile.TemporaryDirectory() as folder:
         place, jobs = _sent(artifacts, where, host, Path(folder), (batch, sequence, past), progress=progress)
@@ -97,21 +96,27 @@ def benchmark(
                 _hold_to_reference(artifact, job, host, where, partial(run, imitation.Imitation()))
         uses = [partial(run, mode="memory", artifacts=[job]) for job in jobs]
         memories = _all_fitting(artifacts, uses) if memory or where.imitation.memory else [{} for _ in jobs]
-        timed = run(
-            mode="latency",
-            artifacts=jobs,
-            min_queries=min_queries,
-            min_seconds=min_seconds,
-            scenario=scenario,
-            rate=rate,
-            confidence_width=confidence_width,
-            seed=seed,
-        )
-        spent = run(mode="energy", artifacts=jobs, seconds=SLICE_SECONDS) if energy else {"millijoules": None}
-        profiles = [run(mode="profile", artifacts=[job], runs=PROFILED_RUNS) if profile else None for job in jobs]
+        try:
+            timed = run(
+                mode="latency",
+                artifacts=jobs,
+                min_queries=min_queries,
+                min_seconds=min_seconds,
+                scenario=scenario,
+                rate=rate,
+                confidence_width=confidence_width,
+                seed=seed,
+            )
+        except DoesNotFitError as error:
+            together = f"{' and '.join(str(one.folder) for one in artifacts)} do not fit, opened together,"
+            raise DoesNotFitError(f"{together if len(jobs) > 1 else f'{artifacts[0].folder} does not fit'} {error}.") from error
+        spent = _spent(partial(run, mode="energy", artifacts=jobs, seconds=SLICE_SECONDS)) if energy else {}
+        uses = [partial(run, mode="profile", artifacts=[job], runs=PROFILED_RUNS) for job in jobs]
+        profiles, unprofiled = _profiled(artifacts, uses) if profile else ([None for _ in jobs], [])
         seen = {
             "watch": timed["watch"],
             "energy": {name: value for name, value in spent.items() if name in ENERGY_TOLD},
+            "unprofiled": unprofiled,
             "imitation": where.imitation.to_json(by=next(filter(None, held_by), None)),
         }
         environment = {
@@ -134,7 +139,7 @@ def benchmark(
             load_ms=used["load_ns"] / 1e6 if used else None,
             peak_rss_bytes=used["peak_rss_bytes"] if used else None,
             batch=batch,
-            sequence=sequence,
+            sequence=sequence if _has_tokens(artifact) else 0,
             past=past,
             samples_ms=tuple(ns / 1e6 for ns in taken),
             environment=environment,
@@ -144,7 +149,7 @@ def benchmark(
             deadline_ms=deadline_ms,
             loads=_loads(services[at], rate) if rate else (),
             early=timed["early"],
-            energy_mj=spent["millijoules"][at] if spent["millijoules"] else None,
+            energy_mj=spent["millijoules"][at] if spent.get("millijoules") else None,
             profile=profiles[at],
         )
         for at, (artifact, job, used, taken) in enumerate(
@@ -219,6 +224,27 @@ def _all_fitting(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]
     return found
 
 
+def _spent(use: Callable[[], Any]) -> dict[str, Any]:
+    """What ``runner.energy`` tells; on an imitated device that has no memory for it, why there is none."""
+    try:
+        found: dict[str, Any] = use()
+    except DoesNotFitError as error:
+        return {"why": f"measuring it does not fit {error}"}
+    return found
+
+
+def _profiled(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]]) -> tuple[list[Any], list[str]]:
+    """The profile of each that an imitated device has memory for, else None; and a sentence about the others."""
+    found, said = [], []
+    for artifact, use in zip(artifacts, uses, strict=True):
+        try:
+            found.append(use())
+        except DoesNotFitError as error:
+            found.append(None)
+            said.append(f"{artifact.folder} has no profile: telling it does not fit {error}")
+    return found, said
+
+
 def check(artifacts: Sequence[Artifact], where: Target) -> None:
     """Raise UsageError where an artifact does not run on the target, UnavailableError for what is missing here."""
     for artifact in artifacts:
@@ -278,6 +304,8 @@ def _called(artifact: Artifact, where: Target) -> str:
 def _check_scenario(
     scenario: str, rate: float | None, deadline_ms: float | None, confidence_width: float | None, min_seconds: float
 ) -> None:
+    if not 0 <= min_seconds < math.inf:
+        raise UsageError(f"{min_seconds:g} s is no time to measure for; it must be 0 or more, and end.")
     if scenario not in SCENARIOS:
         raise UsageError(f"There is no scenario '{scenario}' (known: {', '.join(SCENARIOS)}).")
     if (scenario == "server") != (rate is not None):
@@ -302,6 +330,11 @@ def _loads(service_ns: Sequence[int], rate: float) -> tuple[float, ...]:
 
 def _has_axis(artifact: Artifact, name: str) -> bool:
     return any(axis.name == name for spec in artifact.manifest.inputs.values() for axis in spec.axes.values())
+
+
+def _has_tokens(artifact: Artifact) -> bool:
+    """Whether a length of sequences says something about it: an encoder-decoder may have that of the decoder alone."""
+    return any(axis.name.endswith("sequence") for spec in artifact.manifest.inputs.values() for axis in spec.axes.values())
 
 
 def _size(axis: Axis, batch: int, sequence: int, past: int) -> int:

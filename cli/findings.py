@@ -18,7 +18,8 @@ def doubts(taken: Sequence[Measurement]) -> list[str]:
     from ..benchmarks import environment
 
     found = environment.warnings(taken[0].environment)
-    return found + [f"{item.name}: {sign}" for item in taken for sign in environment.unsteady(item.samples)]
+    timed = [item for item in taken if item.scenario != "server"]  # there waiting is part of a latency, and varies
+    return found + [f"{item.name}: {sign}" for item in timed for sign in environment.unsteady(item.samples)]
 
 
 def show(taken: Sequence[Measurement], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -44,12 +45,14 @@ def show(taken: Sequence[Measurement], rows: Sequence[Mapping[str, Any]]) -> Non
             print(profile.headline(found, item.p50))
 
 
-def write_profiles(measured: Sequence[Sequence[Measurement]], folder: Path) -> Path:
-    """The page with every profile in ``folder``."""
+def write_profiles(measured: Sequence[Sequence[Measurement]], folder: Path) -> Path | None:
+    """The page with every profile in ``folder``; None where there is none."""
     from ..benchmarks import profile
     from ..files import write_text
 
-    items = [item for taken in measured for item in taken]
+    items = [item for taken in measured for item in taken if item.profile]
+    if not items:
+        return None
     headings = [f"{item.artifact}, {_shape(item)}" for item in items]
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / PAGE, profile.write_page(items, headings))
