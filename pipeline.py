@@ -36,7 +36,7 @@ from .export import backends
 from .export.artifact import Artifact
 from .export.backends import onnx
 from .files import new_folder, write_text
-from .gate import Constraint, Standing, gate, unmet
+from .gate import Constraint, Standing, choose, gate, unmet
 from .models import checkpoint, metrics, surgery
 from .models import workload as workloads
 from .models.measures import told
@@ -604,13 +604,7 @@ class _Run:
             for m, v in zip(measured, variants, strict=True)
         ]
         rows = compare.rows(measured)
-        best = min(range(len(rows)), key=lambda i: measured[i].p50)
-        missing = unmet(
-            self.constraint,
-            measured[best].p50,
-            rows[best]["speedup"]["value"] if best else 1.0,
-            rows[best]["size_bytes"],
-        )
+        best, missing = choose(self.constraint, measured)
         chosen = rows[best]["name"] if best else None
         shutil.rmtree(self.out / examples.FOLDER, ignore_errors=True)  # of another run's choice
         with new_folder(self.out / "artifact") as place:

@@ -22,6 +22,13 @@ def doubts(taken: Sequence[Measurement]) -> list[str]:
     return found + [f"{item.name}: {sign}" for item in timed for sign in environment.unsteady(item.samples)]
 
 
+def run(taken: Sequence[Measurement]) -> dict[str, Any]:
+    """One interleaved run and what was seen in it alone, for JSON."""
+    first = taken[0]
+    seen = {name: first.environment.get(name) for name in ("openings", "clock_overhead_ns", "watch")}
+    return {"target": first.target, "batch": first.batch, "sequence": first.sequence, "past": first.past, **seen}
+
+
 def show(taken: Sequence[Measurement], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print all of it for one interleaved run and its ``rows``."""
     from ..benchmarks import profile, tables

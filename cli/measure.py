@@ -78,6 +78,7 @@ def bench(
             "rows": [row for rows in tables for row in rows],
             "environment": next(iter(environments.values())),
             "environments": environments,
+            "runs": [findings.run(taken) for taken in runs],
             "warnings": [
                 {"target": taken[0].target, "says": said} for taken in runs for said in findings.doubts(taken)
             ],

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import edgepress as ep
 import numpy as np
 import pytest
 from edgepress.benchmarks import compare, environment, runner, targets
-from edgepress.benchmarks.measurement import Measurement
+from edgepress.benchmarks.measurement import RESAMPLES, Measurement, resampled_rounds
 from edgepress.errors import InputError, UnavailableError, UsageError
 from edgepress.export.backends import openvino as openvino_backend
 from edgepress.plan import QuantizationPlan
@@ -57,6 +58,23 @@ def test_statistics_are_those_of_the_samples() -> None:
         assert high
         assert low < np.percentile(samples, percent) < high
     assert found.throughput == pytest.approx(1000 / found.p50)
+
+
+def test_intervals_of_many_samples_take_little_memory() -> None:
+    """And are what all resamples at once gave."""
+    few = drifting(200)
+    starts = np.random.default_rng(0).integers(0, 200, size=(RESAMPLES, 10))
+    rounds = ((starts[:, :, None] + np.arange(21)) % 200).reshape(RESAMPLES, -1)[:, :200]
+    at_once = np.concatenate([*resampled_rounds(200, 0)])
+    assert (at_once == rounds).all()
+    many = made_up(np.tile(few, 100))
+    tracemalloc.start()
+    low, high = many.interval()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert high
+    assert low <= many.p50 <= high
+    assert peak < 80e6, "all of them at once are 320 MB"
 
 
 def test_p99_needs_a_thousand_samples() -> None:
