@@ -44,7 +44,7 @@ from .models.metrics import Quality
 from .models.workload import Progress, Workload
 from .plan import PruningPlan, QuantizationPlan
 from .recipe import Level, Recipe
-from .stages import Display, Silent, Stages, claimed
+from .stages import Display, Silent, Stages, at_work, claimed
 
 QUICK_QUERIES, QUICK_SECONDS = 200, 4.0
 """How long the comparison that a gate looks at may take; the final one follows the recipe."""
@@ -110,7 +110,8 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     """Run ``recipe`` in the folder ``out``, and leave there the artifact, the measurements and the report.
 
     Stages that are finished in ``out`` are used again; the last measurement too, if ``resume``. Raises the errors of
-    errors.py for input that cannot be used, before anything is computed where that is possible.
+    errors.py for input that cannot be used, before anything is computed where that is possible; so is another run at
+    work in ``out``.
     """
     target = targets.to_write_for(recipe.target)
     scorers.get(recipe.score.method)
@@ -118,7 +119,7 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
         quantizers.get(scheme)
         backends.writing(scheme, target.runtime)
     show = display or Silent()
-    with targets.connect(target, target.runtime) as (_, target):  # one connection for all that is measured
+    with at_work(out), targets.connect(target, target.runtime) as (_, target):  # one connection for all that is measured
         with claimed(out, recipe):
             workload = workloads.load(
                 recipe.model,

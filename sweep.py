@@ -15,6 +15,7 @@ done is not done again, whatever else has changed in the grid, and a cell that w
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ from . import __version__, recipe
 from .errors import InputError, UsageError
 from .files import write_text
 from .recipe import Recipe
-from .stages import read_summary
+from .stages import at_work, read_summary
 
 RESULTS = "results.sqlite"
 FINISHED = ("done", "unmet")
@@ -81,7 +82,7 @@ Finisher = Callable[[Sequence[Cell], Path, Tell], Endings]
 def sweep(cells: Sequence[Cell], out: Path, finisher: Finisher, tell: Tell) -> list[dict[str, Any]]:
     """Run those of ``cells`` that ``out`` does not know as finished; the results of all of them, as :func:`results`
     gives them."""
-    with closing(_opened(out / RESULTS, new=True)) as store:
+    with at_work(out), closing(_opened(out / RESULTS, new=True)) as store:
         known = dict(store.execute("SELECT key, state FROM cells"))
         left = [cell for cell in cells if known.get(cell.key) not in FINISHED]
         with closing(finisher(left, out / "runs", tell)) as ended:
@@ -151,7 +152,8 @@ def local(cells: Sequence[Cell], runs: Path, tell: Tell) -> Endings:
 
 
 def run(asked: Recipe, folder: Path, say: Callable[[str], None]) -> Ending:
-    """Compress in a process of its own, so that a cell that is killed, or runs out of memory, takes no other along."""
+    """Compress in a process of its own, so that a cell that is killed, or runs out of memory, takes no other along; it
+    ends with this one, however this one ends."""
     begin = time.monotonic()
     write_text(folder.with_suffix(".yaml"), yaml.safe_dump(asked.model_dump(mode="json"), sort_keys=False))
     argv = ["compress", "--recipe", str(folder.with_suffix(".yaml")), "-o", str(folder), "--json"]
@@ -163,6 +165,7 @@ def run(asked: Recipe, folder: Path, say: Callable[[str], None]) -> Ending:
         text=True,
         errors="replace",
         env={**os.environ, "COLUMNS": "1000"},  # a sentence a line
+        preexec_fn=_ends_with_us,  # noqa: PLW1509 - it calls what is loaded already
     )
     said = ""
     try:
@@ -177,6 +180,15 @@ def run(asked: Recipe, folder: Path, say: Callable[[str], None]) -> Ending:
     if code < 0:
         said = f"It was ended by {signal.Signals(-code).name} after '{said}'."
     return Ending(state, said.removeprefix("edgepress: ") if code else "", round(time.monotonic() - begin, 1))
+
+
+_LIBC = ctypes.CDLL(None)
+
+
+def _ends_with_us() -> None:
+    """In a child before it is another program; loading a library there could wait for a thread that it has not."""
+    if sys.platform == "linux":
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 # ---- the results
