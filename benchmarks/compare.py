@@ -44,7 +44,7 @@ def speedup(original: Measurement, other: Measurement) -> Speedup:
     has none. Raises UsageError where the two cannot be compared: other shapes or scenarios, other machines,
     another number of rounds, or fewer than there are segments.
     """
-    reasons = differences(original.environment, other.environment)
+    reasons = differences(original.environment, other.environment, (original.runtime, other.runtime))
     for field in ("target", "batch", "sequence", "past", "scenario", "per_slice", "rate"):
         ours, theirs = getattr(original, field), getattr(other, field)
         if ours != theirs and (field != "sequence" or (ours and theirs)):

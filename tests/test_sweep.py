@@ -8,7 +8,8 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def test_a_cell_is_its_recipe_and_nothing_else(grid: Any, tmp_path: Path) -> Non
         ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {"limits.max": [1, 2]}}, "limits.max 1 .*limits.max 2 "),
         ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {"model.a": [1]}}, "'model.a' .* has no fields"),
         ({"grid": {"seed": [1]}}, "model: Field required"),
+        ({"recipe": {"model": date(2024, 1, 2)}}, "model: Input should be a valid string"),
+        ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {"model": [date(2024, 1, 2)]}}, "model 2024-01-02 .*string"),
+        ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {7: [1]}}, "'7' in the grid of .* is no name of a field"),
+        ({"recipe": {"model": "zoo:vit-fashion", 3: 4}}, "Keys should be strings"),
+        ({"recipes": {}, 5: {}}, "has '5'; a grid has"),
     ],
 )
 def test_grids_that_are_none(grid: Any, said: str, tmp_path: Path) -> None:
@@ -140,6 +146,47 @@ def test_files_that_are_no_results(content: bytes, here: Any, tmp_path: Path) ->
     assert path.read_bytes() == content
     with pytest.raises(InputError, match="There is no file of results"):
         sweep.results(tmp_path / "none.sqlite")
+
+
+def test_results_that_cannot_be_written_are_told_before_anything_is_run(
+    grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = sweep.read(written({**grid, "grid": {}}, tmp_path))
+    path = tmp_path / "out" / sweep.RESULTS
+    sweep._opened(path, new=True).close()
+
+    def begun(*_: Any) -> Any:
+        pytest.fail("it had begun")
+
+    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(InputError, match=f"{path} cannot be used as results of a sweep: database is locked"):
+            sweep.sweep(cells, path.parent, begun, quiet)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:18] + b"\x03" + whole[19:])  # of a later version of SQLite, which this one may only read
+    with pytest.raises(InputError, match="attempt to write a readonly database"):
+        sweep.sweep(cells, path.parent, begun, quiet)
+    path.write_bytes(whole)
+
+
+def test_results_that_do_not_fit_on_the_disk_are_one_sentence(
+    grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = sweep.read(written({**grid, "grid": {}}, tmp_path))
+    opened = sweep._opened
+
+    def full(path: Path, **options: Any) -> sqlite3.Connection:
+        store = opened(path, **options)
+        store.execute("PRAGMA max_page_count = 1")  # what there is, and no page more
+        return store
+
+    def ended(cells: Any, runs: Path, tell: Any) -> Any:
+        yield cells[0], sweep.Ending("failed", "much to say " * 10_000, 1.0)
+
+    monkeypatch.setattr(sweep, "_opened", full)
+    with pytest.raises(InputError, match="cannot be used as results of a sweep: database or disk is full"):
+        sweep.sweep(cells, tmp_path / "out", ended, quiet)
 
 
 def test_no_cluster(grid: Any, here: Any, tmp_path: Path) -> None:

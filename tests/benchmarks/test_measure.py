@@ -14,8 +14,9 @@ from typing import Any
 import edgepress as ep
 import numpy as np
 import pytest
-from edgepress.benchmarks import compare, environment, runner, targets
+from edgepress.benchmarks import compare, environment, runner, tables, targets
 from edgepress.benchmarks.measurement import RESAMPLES, Measurement, resampled_rounds
+from edgepress.cli import findings
 from edgepress.errors import InputError, UnavailableError, UsageError
 from edgepress.export.backends import openvino as openvino_backend
 from edgepress.plan import QuantizationPlan
@@ -124,6 +125,45 @@ def test_drift_does_not_hide_a_difference(factor: float, verdict: str) -> None:
 def test_what_is_not_comparable_is_not_compared(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="cannot be compared"):
         compare.speedup(made_up(drifting()), made_up(drifting(), **change))
+
+
+def test_other_versions_of_what_ran_it_are_not_compared() -> None:
+    def with_(**packages: str) -> dict[str, Any]:
+        return {**ENVIRONMENT, "packages": {**ENVIRONMENT["packages"], **packages}}
+
+    for package, runtime in (
+        ("onnxruntime", "onnx"),
+        ("onnxruntime", ""),
+        ("openvino", "openvino"),
+        ("executorch", "executorch"),
+        ("tensorrt", "tensorrt"),
+        ("tensorrt", "onnx cuda tensorrt"),
+        ("tensorrt_rtx", "tensorrt"),
+        ("torch", "torch cuda compile"),
+    ):
+        old, new = with_(**{package: "1"}), with_(**{package: "2"})
+        assert environment.differences(old, new, [runtime]) == [f"{package} is 1 and 2"]
+        assert not environment.differences(old, new, ["torch" if runtime != "torch cuda compile" else "onnx"])
+    other = made_up(drifting(), runtime="torch", environment=with_(torch="0"))
+    with pytest.raises(UsageError, match="torch is .* and 0"):
+        compare.speedup(made_up(drifting(), runtime="onnx"), other)
+
+
+def test_a_server_is_not_doubted_for_its_queue() -> None:
+    """p90 is 2.4 times p50 of a queue that nothing is wrong with."""
+    waited = np.random.default_rng(0).exponential(size=1000) + 1.0
+    alone, served = made_up(waited), made_up(waited, scenario="server", rate=10.0, loads=(0.5,) * 4)
+    assert any("other work" in doubt for doubt in findings.doubts([alone]))
+    assert not any("other work" in doubt or "moved from" in doubt for doubt in findings.doubts([served]))
+
+
+def test_rows_a_second_are_those_of_the_scenario() -> None:
+    served = made_up(drifting(), scenario="server", rate=10.0, loads=(0.5,) * 4, batch=3)
+    assert tables.costs(compare.row(served, None))[1] == "30.0"
+    spread = np.tile([1.0, 3.0, 1.0], 100)
+    offline = made_up(spread, scenario="offline", per_slice=3)
+    assert tables.costs(compare.row(offline, None))[1] == "600.0"
+    assert tables.costs(compare.row(made_up(spread), None))[1] == "1,000.0"
 
 
 def test_throttling_and_other_load_are_seen() -> None:
