@@ -304,8 +304,8 @@ def _called(artifact: Artifact, where: Target) -> str:
 def _check_scenario(
     scenario: str, rate: float | None, deadline_ms: float | None, confidence_width: float | None, min_seconds: float
 ) -> None:
-    if not 0 <= min_seconds < math.inf:
-        raise UsageError(f"{min_seconds:g} s is no time to measure for; it must be 0 or more, and end.")
+    if not 0 <= min_seconds < 1e9:
+        raise UsageError(f"{min_seconds:g} s is no time to measure for; it must be 0 or more and below 1,000,000,000.")
     if scenario not in SCENARIOS:
         raise UsageError(f"There is no scenario '{scenario}' (known: {', '.join(SCENARIOS)}).")
     if (scenario == "server") != (rate is not None):

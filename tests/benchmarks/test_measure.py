@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -182,6 +184,28 @@ def test_every_run_follows_every_other() -> None:
     assert (np.sort(rounds, axis=1) == np.arange(3)).all()
     pairs = {(a, b): int(((rounds[:, :-1] == a) & (rounds[:, 1:] == b)).sum()) for a in range(3) for b in range(3)}
     assert all(40 < count < 95 for (a, b), count in pairs.items() if a != b)  # 67 of each, but for chance
+
+
+def test_the_lock_is_one_for_all_processes_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"edgepress-{os.getuid()}.lock"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert runner.lock_file(str(tmp_path)) == Path("/tmp") / name
+    (tmp_path / str(os.getuid())).write_text("no folder")
+    assert runner.lock_file(str(tmp_path)) == Path("/tmp") / name
+    (tmp_path / str(os.getuid())).unlink()
+    (tmp_path / str(os.getuid())).mkdir()
+    assert runner.lock_file(str(tmp_path)) == tmp_path / str(os.getuid()) / name
+    place = tmp_path / name
+    place.symlink_to(tmp_path / "of another user")
+    monkeypatch.setattr(runner, "lock_file", lambda: place)
+    with pytest.raises(SystemExit, match=f"{place}, by which measurements take turns, cannot be opened"), runner.alone():
+        pass
+    assert not (tmp_path / "of another user").exists()
+
+
+def test_there_are_thirty_rounds_in_any_case() -> None:
+    assert [len(taken) for taken in runner.interleaved([lambda: None], 10, 0.0)] == [30]
 
 
 def test_measurements_of_one_machine_take_turns(workload: Any, tmp_path: Path) -> None:
