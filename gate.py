@@ -79,9 +79,7 @@ def choose(constraint: Constraint, measured: Sequence[Measurement]) -> tuple[int
     """
     original = measured[0]
     pace = [1.0, *(speedup(original, other).value for other in measured[1:])]
-    missed = [
-        unmet(constraint, item.p50, faster, item.size_bytes) for item, faster in zip(measured, pace, strict=True)
-    ]
+    missed = [unmet(constraint, item.p50, faster, item.size_bytes) for item, faster in zip(measured, pace, strict=True)]
     fewest = min(map(len, missed))
     left = [at for at, reasons in enumerate(missed) if len(reasons) == fewest]
     fastest = min(left, key=lambda at: measured[at].p50)

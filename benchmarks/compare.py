@@ -61,6 +61,14 @@ def speedup(original: Measurement, other: Measurement) -> Speedup:
     return Speedup(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 
+def share(first: Measurement, other: Measurement) -> float:
+    """Latency of ``other`` as a share of that of ``first``: the median over rounds of their ratio.
+
+    Runs of one round stand side by side in time, so what slows a machine down for a while slows down both.
+    """
+    return float(np.median(other.samples / first.samples))
+
+
 def rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """The ``row`` of each measurement, compared with the first, which is the original."""
     original = measurements[0]

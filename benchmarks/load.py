@@ -18,6 +18,7 @@ from ..errors import UnavailableError, UsageError
 from ..export import reference
 from ..export.artifact import Artifact, Axis
 from . import imitation, meters, profilers, runner, targets
+from .compare import share
 from .imitation import DoesNotFitError
 from .measurement import Measurement
 from .subjects import Original, shown_as
@@ -59,16 +60,16 @@ def benchmark(
     After these come, if asked for, the energy of each where the target has a meter, and the time of its operators, in a
     process that times nothing else.
 
-    It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Artifacts without tokens
-    have no ``sequence``: it is 0 in what is returned of them. After a ``past`` of so many tokens their keys and values are
-    given. ``scenario`` is "single-stream", "offline" or "server", for which queries, of ``batch`` rows each, come at
-    random, ``rate`` a second, the same for all that have the same ``seed``; see ``runner``. A single-stream run with a
-    ``confidence_width``, 0.01 for 1 %, ends as soon as it is as precise (``runner.timed_rounds``). Raises UsageError
-    where these do not fit together or the shape lies outside the range that an artifact was proven in, and
+    It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Artifacts without
+    tokens have no ``sequence``: it is 0 in what is returned of them. After a ``past`` of so many tokens their keys and
+    values are given. ``scenario`` is "single-stream", "offline" or "server", for which queries, of ``batch`` rows each,
+    come at random, ``rate`` a second, the same for all that have the same ``seed``; see ``runner``. A single-stream run
+    with a ``confidence_width``, 0.01 for 1 %, ends as soon as it is as precise (``runner.timed_rounds``). Raises
+    UsageError where these do not fit together or the shape lies outside the range that an artifact was proven in, and
     UnavailableError where its runtime cannot be measured, or not in operators. DoesNotFitError names those that need
     more memory than an imitated device has; where energy or profiles alone do, what is returned is without them, and
-    its environment says why. On a device it raises what ``targets.connect`` does, and ParityError where
-    an artifact that came with references does not answer there as it did where it was proven.
+    its environment says why. On a device it raises what ``targets.connect`` does, and ParityError where an artifact
+    that came with references does not answer there as it did where it was proven.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
@@ -108,8 +109,9 @@ def benchmark(
                 seed=seed,
             )
         except DoesNotFitError as error:
-            together = f"{' and '.join(str(one.folder) for one in artifacts)} do not fit, opened together,"
-            raise DoesNotFitError(f"{together if len(jobs) > 1 else f'{artifacts[0].folder} does not fit'} {error}.") from error
+            names = " and ".join(str(one.folder) for one in artifacts)
+            said = "do not fit, opened together," if len(jobs) > 1 else "does not fit"
+            raise DoesNotFitError(f"{names} {said} {error}.") from error
         spent = _spent(partial(run, mode="energy", artifacts=jobs, seconds=SLICE_SECONDS)) if energy else {}
         uses = [partial(run, mode="profile", artifacts=[job], runs=PROFILED_RUNS) for job in jobs]
         profiles, unprofiled = _profiled(artifacts, uses) if profile else ([None for _ in jobs], [])
@@ -184,6 +186,37 @@ def _sent(
         }
         for at, artifact in enumerate(artifacts)
     ]
+
+
+def quick(
+    artifacts: Sequence[Artifact],
+    *,
+    target: str,
+    batch: int,
+    sequence: int,
+    rounds: int = 200,
+    seconds: float = 4.0,
+    progress: Progress | None = None,
+) -> list[Measurement]:
+    """As :func:`benchmark`, the latencies alone and as short as does to decide what is done next."""
+    return benchmark(
+        artifacts,
+        target=target,
+        batch=batch,
+        sequence=sequence,
+        min_queries=rounds,
+        min_seconds=seconds,
+        memory=False,
+        progress=progress,
+    )
+
+
+def fastest(artifacts: Sequence[Artifact], **options: Any) -> int:
+    """The place of the fastest of ``artifacts``, which are timed as :func:`quick` does: by their ratios to the first
+    of the same rounds, in which what slows the machine down for a while cancels."""
+    first, *others = quick(artifacts, **options)
+    shares = [1.0, *(share(first, other) for other in others)]
+    return shares.index(min(shares))
 
 
 def fitting(artifacts: Sequence[Artifact], unfit: list[str] | None, **options: Any) -> list[Measurement]:
@@ -334,7 +367,9 @@ def _has_axis(artifact: Artifact, name: str) -> bool:
 
 def _has_tokens(artifact: Artifact) -> bool:
     """Whether a length of sequences says something about it: an encoder-decoder may have that of the decoder alone."""
-    return any(axis.name.endswith("sequence") for spec in artifact.manifest.inputs.values() for axis in spec.axes.values())
+    return any(
+        axis.name.endswith("sequence") for spec in artifact.manifest.inputs.values() for axis in spec.axes.values()
+    )
 
 
 def _size(axis: Axis, batch: int, sequence: int, past: int) -> int:

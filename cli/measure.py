@@ -88,7 +88,7 @@ def bench(
     for taken, (first, *others) in zip(runs, tables, strict=True) if not json_ else ():
         print(_heading(first))
         table(first, others, None)
-        scenarios.show([first, *others], taken[0].environment)
+        scenarios.show([first, *others], dict(taken[0].environment))
         findings.show(taken, [first, *others])
     if out and runs:
         page = findings.write_profiles(runs, out)

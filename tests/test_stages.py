@@ -40,7 +40,10 @@ def test_folders_that_were_made_for_nothing_go(tmp_path: Path) -> None:
         raise UsageError("nothing to run")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("mine")
-    for place, said in (("file", "is a file; give a folder"), ("file/below", "below cannot be written: Not a directory")):
+    for place, said in (
+        ("file", "is a file; give a folder"),
+        ("file/below", "below cannot be written: Not a directory"),
+    ):
         with pytest.raises((UsageError, InputError), match=said), stages.at_work(tmp_path / place):
             pass
     assert (tmp_path / "file").read_text() == "mine"
@@ -51,7 +54,7 @@ def test_a_cell_ends_with_the_process_that_began_it() -> None:
     told, tell = os.pipe()
     parent = os.fork()
     if not parent:
-        child = subprocess.Popen(["/bin/sleep", "60"], preexec_fn=sweep._ends_with_us)
+        child = subprocess.Popen(["/bin/sleep", "60"], preexec_fn=sweep._ends_with_us)  # noqa: PLW1509
         os.write(tell, str(child.pid).encode())
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(parent, 0)

@@ -23,7 +23,9 @@ def renamed(artifact: Artifact, before: str, after: str) -> Artifact:
     """``artifact`` with an axis of another name."""
 
     def of(spec: Input) -> Input:
-        axes = {place: Axis(name=after, min=a.min, max=a.max) if a.name == before else a for place, a in spec.axes.items()}
+        axes = {
+            place: Axis(name=after, min=a.min, max=a.max) if a.name == before else a for place, a in spec.axes.items()
+        }
         return spec.model_copy(update={"axes": axes})
 
     inputs = {name: of(spec) for name, spec in artifact.manifest.inputs.items()}

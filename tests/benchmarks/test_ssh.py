@@ -66,7 +66,6 @@ def test_scenarios_work_over_there(there: Any, artifacts: list[Artifact]) -> Non
         assert ep.compare([first, second])[1]["speedup"]["value"] > 0
 
 
-
 def test_what_did_not_arrive_whole_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what earlier connections left of the same file, when it is sent again."""
     content = b"a model" * 1000
