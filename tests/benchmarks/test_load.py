@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,8 @@ from edgepress.benchmarks import load
 from edgepress.benchmarks.imitation import DoesNotFitError, Imitation
 from edgepress.cli import findings
 from edgepress.export.artifact import Artifact, Axis, Input, open_artifact, seal
+
+from .test_measure import made_up
 
 QUICK: dict[str, Any] = {"target": "cpu:1", "sequence": 16, "min_queries": 40, "memory": False}
 
@@ -60,6 +64,31 @@ def test_each_is_fed_its_tokens_whatever_the_first_takes(artifacts: list[Artifac
     assert alone.sequence == 16
     shortest = load.benchmark([decoder], **{**QUICK, "sequence": 1})[0]
     assert np.isfinite(shortest.p50)
+
+
+def test_the_fastest_is_told_by_ratios_of_rounds(
+    artifacts: list[Artifact], image: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The medians alone would call the first faster: the machine was slow in half of the rounds."""
+    where: dict[str, Any] = {"target": "cpu:1", "batch": 1, "sequence": 16}
+    assert load.fastest([artifacts[0], image, artifacts[0]], **where, rounds=30) == 1
+    first = np.repeat([1.0, 3.0], [51, 49])
+    other = 0.9 * first
+    other[:2] = 3.0
+    taken = [made_up(first), made_up(other), made_up(1.1 * first)]
+    assert taken[0].p50 < taken[1].p50
+    monkeypatch.setattr(load, "benchmark", lambda *_, **__: taken)
+    assert load.fastest(artifacts, **where) == 1
+
+
+def test_each_shape_has_what_was_seen_of_it(here: Any, image: Artifact) -> None:
+    words = ("bench", image.folder, "--target", "cpu:1", "--queries", 40, "--batch")
+    runs = json.loads(here(*words, "1,4", "--json").stdout)["runs"]
+    assert [(one["batch"], one["sequence"]) for one in runs] == [(1, 0), (4, 0)]
+    assert all(one["clock_overhead_ns"] > 0 and one["openings"] and one["watch"]["seconds"] > 0 for one in runs)
+    assert runs[0]["watch"] != runs[1]["watch"]
+    shown = here(*words, "1,4")
+    assert len(re.findall(r"timing a query takes \d+ ns itself", shown.stdout)) == 2
 
 
 @pytest.fixture
