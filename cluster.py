@@ -13,10 +13,10 @@ import logging
 import re
 import shutil
 import socket
-import tarfile
 import tempfile
 import time
 import uuid
+import zipfile
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -69,7 +69,7 @@ def on_ray(cells: Sequence[Cell], runs: Path, tell: Tell, *, address: str) -> En
 
 
 def _dispatched(ray: Any, waiting: deque[Cell], runs: Path, mark: str, tell: Tell) -> Endings:
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     work = ray.remote(num_cpus=0, max_retries=0)(_work)
@@ -100,6 +100,8 @@ def _dispatched(ray: Any, waiting: deque[Cell], runs: Path, mark: str, tell: Tel
             cell, address, node = at_work.pop(reference)
             try:
                 ending, packed = ray.get(reference)
+            except RayTaskError as error:  # its machine is well, but cannot do it
+                ending, packed = Ending("failed", str(error).strip().rpartition("\n")[2], 0.0), None
             except RayError as error:
                 lost[cell.key] += 1
                 doubted[node] = time.monotonic() + DOUBT
@@ -129,15 +131,23 @@ def _work(asked: dict[str, Any], runs: str, key: str, mark: str) -> tuple[Ending
             return run(Recipe.model_validate(asked), home / key, lambda said: None), None
     place = Path(tempfile.gettempdir()) / f"edgepress-sweep-{mark}"
     ending = run(Recipe.model_validate(asked), place / key, lambda said: None)
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for path in (place / key).iterdir() if (place / key).is_dir() else ():
-            if path.name not in {"stages", "unfinished"}:
-                archive.add(path, arcname=path.name)
+    packed = _packed(place / key)
     shutil.rmtree(place / key, ignore_errors=True)
-    return ending, packed.getvalue()
+    return ending, packed
+
+
+def _packed(folder: Path) -> bytes:
+    """The files of a run, without its stages, as a ZIP archive: what is in one lands in no other place than is said,
+    which of tar archives not every Python 3.10 sees to."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", strict_timestamps=False) as archive:
+        for path in folder.rglob("*"):
+            name = path.relative_to(folder)
+            if name.parts[0] not in {"stages", "unfinished"}:
+                archive.write(path, name)
+    return packed.getvalue()
 
 
 def _unpacked(packed: bytes, folder: Path) -> None:
-    with new_folder(folder, ours=True) as place, tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        archive.extractall(place, filter="data")
+    with new_folder(folder, ours=True) as place, zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        archive.extractall(place)

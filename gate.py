@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .benchmarks.compare import Speedup
+from .benchmarks.compare import Speedup, speedup
+from .benchmarks.measurement import Measurement
 from .models.measures import told
 from .models.metrics import Quality
 
@@ -65,3 +67,26 @@ def unmet(constraint: Constraint, p50_ms: float, speedup: float, size_bytes: int
     if constraint.max_size_bytes is not None and size_bytes > constraint.max_size_bytes:
         reasons.append(f"it has {size_bytes / 1e6:.1f} MB, at most {constraint.max_size_bytes / 1e6:g} MB was asked")
     return reasons
+
+
+def choose(constraint: Constraint, measured: Sequence[Measurement]) -> tuple[int, list[str]]:
+    """The place of the best of ``measured``, an interleaved run of the original and all that was kept, and what of the
+    constraint it does not meet.
+
+    It is the fastest of those that miss the fewest parts of the constraint. Where the run cannot tell others from it
+    ("no difference"), it is the smallest of them all; the original only where it alone is left, for what was kept had
+    been found to be faster or smaller.
+    """
+    original = measured[0]
+    pace = [1.0, *(speedup(original, other).value for other in measured[1:])]
+    missed = [unmet(constraint, item.p50, faster, item.size_bytes) for item, faster in zip(measured, pace, strict=True)]
+    fewest = min(map(len, missed))
+    left = [at for at, reasons in enumerate(missed) if len(reasons) == fewest]
+    fastest = min(left, key=lambda at: measured[at].p50)
+    alike = [at for at in left if at == fastest or _alike(measured[fastest], measured[at])]
+    best = min(alike, key=lambda at: (at == 0, measured[at].size_bytes, measured[at].p50))
+    return best, missed[best]
+
+
+def _alike(one: Measurement, other: Measurement) -> bool:
+    return speedup(one, other).verdict == "no difference"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,7 @@ from .export import backends
 from .export.artifact import Artifact
 from .export.backends import onnx
 from .files import new_folder, write_text
-from .gate import Constraint, Standing, gate, unmet
+from .gate import Constraint, Standing, choose, gate, unmet
 from .models import checkpoint, metrics, surgery
 from .models import workload as workloads
 from .models.measures import told
@@ -44,10 +44,7 @@ from .models.metrics import Quality
 from .models.workload import Progress, Workload
 from .plan import PruningPlan, QuantizationPlan
 from .recipe import Level, Recipe
-from .stages import Display, Silent, Stages, claimed
-
-QUICK_QUERIES, QUICK_SECONDS = 200, 4.0
-"""How long the comparison that a gate looks at may take; the final one follows the recipe."""
+from .stages import Display, Silent, Stages, at_work, claimed
 
 SPEEDS = (3.0, 2.0, 1.5)
 """What pruning is asked to gain, in turn, where the constraint asks for no speed."""
@@ -110,7 +107,8 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
     """Run ``recipe`` in the folder ``out``, and leave there the artifact, the measurements and the report.
 
     Stages that are finished in ``out`` are used again; the last measurement too, if ``resume``. Raises the errors of
-    errors.py for input that cannot be used, before anything is computed where that is possible.
+    errors.py for input that cannot be used, before anything is computed where that is possible; so is another run at
+    work in ``out``.
     """
     target = targets.to_write_for(recipe.target)
     scorers.get(recipe.score.method)
@@ -118,7 +116,7 @@ def compress(recipe: Recipe, out: Path, *, resume: bool = False, display: Displa
         quantizers.get(scheme)
         backends.writing(scheme, target.runtime)
     show = display or Silent()
-    with targets.connect(target, target.runtime) as (_, target):  # one connection for all that is measured
+    with at_work(out), targets.connect(target, target.runtime) as (_, target):  # one for all that is measured
         with claimed(out, recipe):
             workload = workloads.load(
                 recipe.model,
@@ -148,6 +146,8 @@ class _Run:
     def __init__(self, out: Path, recipe: Recipe, workload: Workload, show: Display, target: Target) -> None:
         self.out, self.recipe, self.workload, self.show = out, recipe, workload, show
         self.target, self.backend = str(target), backends.get(target.runtime)
+        shape = {"batch": recipe.measure.batch, "sequence": recipe.measure.sequence}
+        self.where: dict[str, Any] = {"target": self.target, **shape}
         self.threads = environment.usable_cpus() if target.address else target.threads  # of this machine, for judging
         self.constraint: Constraint = recipe.limits.constraint()
         self.kept: list[dict[str, Any]] = []
@@ -232,23 +232,9 @@ class _Run:
         self.show.say(f"{variant}: refused, {reason}")
 
     def _fastest_form(self, written: Artifact, progress: Progress) -> Artifact:
-        forms = list(onnx.FORMS.values())
         candidates = [onnx.in_form(written, form) for form in onnx.FORMS]
-        taken = self._quick(candidates, progress)
-        best = min(range(len(forms)), key=lambda i: taken[i].p50)
+        best = load.fastest(candidates, **self.where, progress=progress)
         return Artifact(written.folder, artifacts.seal(written.folder, candidates[best].manifest, {}))
-
-    def _quick(self, candidates: Sequence[Artifact], progress: Progress | None = None) -> list[Measurement]:
-        return load.benchmark(
-            candidates,
-            target=self.target,
-            batch=self.recipe.measure.batch,
-            sequence=self.recipe.measure.sequence,
-            min_queries=QUICK_QUERIES,
-            min_seconds=QUICK_SECONDS,
-            memory=False,
-            progress=progress,
-        )
 
     def _read(self, folder: Path) -> Workload:
         skeleton = self.workload.skeleton
@@ -261,7 +247,7 @@ class _Run:
         """Measure the two interleaved and let the gate decide; the decision is a stage of its own, so it stays."""
 
         def make(_: Path, progress: Progress) -> dict[str, Any]:
-            first, second = self._quick([before.artifact, after.artifact], progress)
+            first, second = load.quick([before.artifact, after.artifact], **self.where, progress=progress)
             faster = compare.speedup(first, second)
             kept, reason = gate(
                 Standing(before.title, before.quality, before.artifact.size_bytes, None),
@@ -316,7 +302,7 @@ class _Run:
         given, limits, structure = self.recipe.levels, self.constraint, self.workload.structure
 
         def fitting(_: Path, progress: Progress) -> dict[str, Any]:
-            first, second = self._quick([original.artifact, best.artifact], progress)
+            first, second = load.quick([original.artifact, best.artifact], **self.where, progress=progress)
             by_ratio = (limits.min_speedup or 0) * second.p50 / first.p50
             wanting = max(by_ratio, second.p50 / (limits.max_latency_ms or np.inf))
             return {"speedups": [wanting**0.5, *(wanting * more for more in MARGINS)] if wanting > 1 else []}
@@ -335,7 +321,7 @@ class _Run:
         limits = self.constraint
         if not limits.asks_for_speed and limits.max_size_bytes is None:
             return True
-        first, second = self._quick([original.artifact, last.artifact])
+        first, second = load.quick([original.artifact, last.artifact], **self.where)
         return not unmet(limits, second.p50, first.p50 / second.p50, last.artifact.size_bytes)
 
     def _quantized(self, name: str, scheme: str, title: str, workload: Workload, base: Variant) -> Variant | None:
@@ -396,12 +382,7 @@ class _Run:
             return None  # what an operator in float costs is measured in ONNX Runtime alone
         if not self._too_coarse(whole):
             return None
-        where: dict[str, Any] = {
-            "target": self.target,
-            "batch": self.recipe.measure.batch,
-            "sequence": self.recipe.measure.sequence,
-        }
-        seed = self.recipe.seed
+        where, seed = self.where, self.recipe.seed
         rounding = cache(lambda: sensitivity.uncorrected(workload, scheme, rotate=self._rotates, seed=seed))
 
         def measured(_: Path, progress: Progress) -> dict[str, Any]:
@@ -451,8 +432,8 @@ class _Run:
         """The fastest of several, measured interleaved; a stage, so that a run that goes on takes the same."""
 
         def make(_: Path, progress: Progress) -> dict[str, Any]:
-            taken = self._quick([variant.artifact for variant in variants], progress)
-            return {"fastest": min(range(len(taken)), key=lambda i: taken[i].p50)}
+            timed = [variant.artifact for variant in variants]
+            return {"fastest": load.fastest(timed, **self.where, progress=progress)}
 
         if len(variants) < 2:
             return variants[0] if variants else None
@@ -586,9 +567,7 @@ class _Run:
         def make(place: Path, progress: Progress) -> dict[str, Any]:
             taken = load.benchmark(
                 [variant.artifact for variant in variants],
-                target=self.target,
-                batch=self.recipe.measure.batch,
-                sequence=self.recipe.measure.sequence,
+                **self.where,
                 min_queries=self.recipe.measure.min_queries,
                 min_seconds=self.recipe.measure.min_seconds,
                 energy=True,
@@ -606,13 +585,7 @@ class _Run:
             for m, v in zip(measured, variants, strict=True)
         ]
         rows = compare.rows(measured)
-        best = min(range(len(rows)), key=lambda i: measured[i].p50)
-        missing = unmet(
-            self.constraint,
-            measured[best].p50,
-            rows[best]["speedup"]["value"] if best else 1.0,
-            rows[best]["size_bytes"],
-        )
+        best, missing = choose(self.constraint, measured)
         chosen = rows[best]["name"] if best else None
         shutil.rmtree(self.out / examples.FOLDER, ignore_errors=True)  # of another run's choice
         with new_folder(self.out / "artifact", ours=True) as place:

@@ -117,8 +117,8 @@ class Measure(_Strict):
 
     batch: int = Field(default=1, ge=1)
     sequence: int = Field(default=128, ge=1)
-    min_queries: int = Field(default=1000, ge=10)
-    min_seconds: float = Field(default=10.0, ge=0)
+    min_queries: int = Field(default=1000, ge=30)
+    min_seconds: float = Field(default=10.0, ge=0, lt=1e9)
 
 
 class Recipe(_Strict):

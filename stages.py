@@ -5,12 +5,14 @@ Each stage is a folder in ``stages``, named after the sha256 of everything it de
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,18 +41,47 @@ class Silent:
 
 
 @contextmanager
-def claimed(out: Path, recipe: Recipe) -> Iterator[None]:
-    """Make ``out`` a run folder, and unmake it where the block finds that there is nothing to run.
+def at_work(out: Path) -> Iterator[None]:
+    """Hold the folder ``out``, which is made where there is none, for this process alone; what it made and what is
+    empty in the end is removed.
 
-    Raises UsageError where ``out`` holds something else.
+    The kernel lets go of the lock however its holder ends. Raises UsageError where another holds it or ``out`` is a
+    file, and InputError where it cannot be made.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder for the run with -o.")
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}.") from error
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"Another edgepress is at work in {out}; wait for it, or give another folder.") from error
+        except OSError:
+            pass  # a disk over a network that locks no folders
+        yield
+    finally:
+        os.close(folder)
+        with suppress(OSError):  # not empty
+            for one in new:
+                one.rmdir()
+
+
+@contextmanager
+def claimed(out: Path, recipe: Recipe) -> Iterator[None]:
+    """Make ``out``, which this process holds, a run folder, and unmake it where the block finds that there is nothing
+    to run.
+
+    Raises UsageError where ``out`` holds something else.
+    """
     path = out / "recipe.yaml"
-    if out.is_dir() and any(out.iterdir()) and not path.is_file():
+    if any(out.iterdir()) and not path.is_file():
         raise UsageError(f"{out} holds other files and is not a run folder; give another one with -o.")
     before = path.read_text(encoding="utf-8") if path.is_file() else None
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
     write_text(path, recipe.to_yaml())
     for leftover in (out / "stages").glob(".*"):  # what a killed run was writing
         shutil.rmtree(leftover, ignore_errors=True)
@@ -61,8 +92,6 @@ def claimed(out: Path, recipe: Recipe) -> Iterator[None]:
             write_text(path, before)
         else:
             path.unlink()
-            for folder in new:
-                folder.rmdir()
         raise
 
 

@@ -15,6 +15,7 @@ done is not done again, whatever else has changed in the grid, and a cell that w
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -23,8 +24,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -37,7 +38,7 @@ from . import __version__, recipe
 from .errors import InputError, UsageError
 from .files import write_text
 from .recipe import Recipe
-from .stages import read_summary
+from .stages import at_work, read_summary
 
 RESULTS = "results.sqlite"
 FINISHED = ("done", "unmet")
@@ -81,12 +82,14 @@ Finisher = Callable[[Sequence[Cell], Path, Tell], Endings]
 def sweep(cells: Sequence[Cell], out: Path, finisher: Finisher, tell: Tell) -> list[dict[str, Any]]:
     """Run those of ``cells`` that ``out`` does not know as finished; the results of all of them, as :func:`results`
     gives them."""
-    with closing(_opened(out / RESULTS, new=True)) as store:
-        known = dict(store.execute("SELECT key, state FROM cells"))
+    with at_work(out), closing(_opened(out / RESULTS, new=True)) as store:
+        with _telling(out / RESULTS):
+            known = dict(store.execute("SELECT key, state FROM cells"))
         left = [cell for cell in cells if known.get(cell.key) not in FINISHED]
         with closing(finisher(left, out / "runs", tell)) as ended:
             for cell, ending in ended:
-                _record(store, cell, ending, out / "runs" / cell.key)
+                with _telling(out / RESULTS):
+                    _record(store, cell, ending, out / "runs" / cell.key)
                 tell(cell.key, ending.state)
     keys = [cell.key for cell in cells]
     return sorted((one for one in results(out / RESULTS) if one["key"] in keys), key=lambda one: keys.index(one["key"]))
@@ -99,13 +102,15 @@ def read(path: Path, seed: int | None = None) -> list[Cell]:
     """The cells of a grid file, with ``seed`` over the recipe's; all that is wrong with any of them is one
     UsageError."""
     values = recipe.read(path)
-    if unknown := sorted(set(values) - {"recipe", "grid"}):
+    if unknown := sorted(map(str, set(values) - {"recipe", "grid"})):
         raise UsageError(f"{path} has '{unknown[0]}'; a grid has 'recipe' and 'grid' alone.")
     base, grid = values.get("recipe") or {}, values.get("grid") or {}
     if not isinstance(base, dict) or not isinstance(grid, dict):
         raise UsageError(f"'recipe' and 'grid' of {path} are to be mappings of fields.")
     base |= {} if seed is None else {"seed": seed}
     for field, choices in grid.items():
+        if not isinstance(field, str):
+            raise UsageError(f"'{field}' in the grid of {path} is no name of a field, such as limits.max_drop.")
         if not isinstance(choices, list) or not choices:
             raise UsageError(f"'{field}' in the grid of {path} is to be a list of values, such as [1, 2].")
     cells, faults = {}, []
@@ -122,15 +127,15 @@ def read(path: Path, seed: int | None = None) -> list[Cell]:
 
 
 def _cell(base: Mapping[str, Any], varied: Mapping[str, Any], origin: str) -> Cell:
-    values = json.loads(json.dumps(base))
+    values = dict(base)
     for field, value in varied.items():
         place, (*path, last) = values, field.split(".")
         for part in path:
             held = place.get(part) or {}
             if not isinstance(held, dict):
                 raise UsageError(f"'{field}' in {origin} cannot be: '{part}' is {held!r}, which has no fields.")
-            place[part] = held
-            place = held
+            place[part] = dict(held)  # what other cells and other fields hold too stays as it is
+            place = place[part]
         place[last] = value
     made = recipe.from_mapping(values, origin)
     facts = json.dumps({"edgepress": __version__, **made.model_dump(mode="json")}, sort_keys=True)
@@ -151,7 +156,8 @@ def local(cells: Sequence[Cell], runs: Path, tell: Tell) -> Endings:
 
 
 def run(asked: Recipe, folder: Path, say: Callable[[str], None]) -> Ending:
-    """Compress in a process of its own, so that a cell that is killed, or runs out of memory, takes no other along."""
+    """Compress in a process of its own, so that a cell that is killed, or runs out of memory, takes no other along; it
+    ends with this one, however this one ends."""
     begin = time.monotonic()
     write_text(folder.with_suffix(".yaml"), yaml.safe_dump(asked.model_dump(mode="json"), sort_keys=False))
     argv = ["compress", "--recipe", str(folder.with_suffix(".yaml")), "-o", str(folder), "--json"]
@@ -163,6 +169,7 @@ def run(asked: Recipe, folder: Path, say: Callable[[str], None]) -> Ending:
         text=True,
         errors="replace",
         env={**os.environ, "COLUMNS": "1000"},  # a sentence a line
+        preexec_fn=_ends_with_us,  # noqa: PLW1509 - it calls what is loaded already
     )
     said = ""
     try:
@@ -179,6 +186,15 @@ def run(asked: Recipe, folder: Path, say: Callable[[str], None]) -> Ending:
     return Ending(state, said.removeprefix("edgepress: ") if code else "", round(time.monotonic() - begin, 1))
 
 
+_LIBC = ctypes.CDLL(None)
+
+
+def _ends_with_us() -> None:
+    """In a child before it is another program; loading a library there could wait for a thread that it has not."""
+    if sys.platform == "linux":
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 # ---- the results
 
 SCHEMA = """
@@ -193,20 +209,32 @@ CREATE TABLE IF NOT EXISTS variants (
 columns are what one asks for by SQL. The first variant of a cell is the original, whose speedup is none."""
 
 
+PATIENCE = 60.0
+"""Seconds to wait for another process that reads or writes the file."""
+
+
 def _opened(path: Path, *, new: bool = False) -> sqlite3.Connection:
-    """Raises InputError where ``path`` is not a file of results."""
+    """Raises InputError where ``path`` is not a file of results or, to begin with, cannot be written."""
     if not new and not path.is_file():
         raise InputError(f"There is no file of results {path}.")
-    try:
+    with _telling(path), ExitStack() as opened:
         path.parent.mkdir(parents=True, exist_ok=True)
-        store = sqlite3.connect(path)
+        store = opened.enter_context(closing(sqlite3.connect(path, timeout=PATIENCE)))
         if new:
-            store.executescript(SCHEMA)
+            store.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")  # which asks for the right to write
         store.execute("SELECT key, name, state, said, seconds, node, run, grid FROM cells LIMIT 1")
         store.execute("SELECT key, chosen, row FROM variants LIMIT 1")
+        opened.pop_all()
+    return store
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Errors of the file, which may be locked, read-only or on a full disk, in one sentence."""
+    try:
+        yield
     except (OSError, sqlite3.Error) as error:
         raise InputError(f"{path} cannot be used as results of a sweep: {error}.") from error
-    return store
 
 
 def _record(store: sqlite3.Connection, cell: Cell, ending: Ending, folder: Path) -> None:
@@ -216,7 +244,7 @@ def _record(store: sqlite3.Connection, cell: Cell, ending: Ending, folder: Path)
         for table in ("cells", "variants"):
             store.execute(f"DELETE FROM {table} WHERE key = ?", (cell.key,))  # noqa: S608 - of the two tables above
         told = (ending.state, ending.said, ending.seconds, ending.node, str(folder))
-        what = (json.dumps(dict(cell.values)), cell.recipe.model_dump_json())
+        what = (json.dumps(dict(cell.values), default=str), cell.recipe.model_dump_json())
         store.execute("INSERT INTO cells VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (cell.key, cell.name, *told, *what))
         for row in [summary["original"], *summary["results"]] if summary else ():
             store.execute(f"INSERT INTO variants VALUES ({', '.join('?' * 15)})", _columns(cell.key, row, summary))  # noqa: S608

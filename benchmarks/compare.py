@@ -40,13 +40,14 @@ def speedup(original: Measurement, other: Measurement) -> Speedup:
     What slows a machine down for a while cancels in it, as it does not from the medians of whole runs. The run is cut
     into ten segments with a median ratio each (offline a mean one); the value is their geometric mean, and its
     interval, at ``runner.CONFIDENCE``, that of ``runner.interval``, which says why it is honest where samples are no
-    independent draws. Raises UsageError where the two cannot be compared: other shapes or scenarios, other machines,
+    independent draws. A ``sequence`` is compared where both have one: what takes images, or tokens of one length alone,
+    has none. Raises UsageError where the two cannot be compared: other shapes or scenarios, other machines,
     another number of rounds, or fewer than there are segments.
     """
-    reasons = differences(original.environment, other.environment)
+    reasons = differences(original.environment, other.environment, (original.runtime, other.runtime))
     for field in ("target", "batch", "sequence", "past", "scenario", "per_slice", "rate"):
         ours, theirs = getattr(original, field), getattr(other, field)
-        if ours != theirs:
+        if ours != theirs and (field != "sequence" or (ours and theirs)):
             reasons.append(f"{field} is {ours} and {theirs}")
     if len(original.samples) != len(other.samples):
         reasons.append(f"{len(original.samples)} and {len(other.samples)} rounds were taken")
@@ -58,6 +59,14 @@ def speedup(original: Measurement, other: Measurement) -> Speedup:
     segments = runner.centres(ratios, np.mean if original.scenario == "offline" else np.median)
     mean, half = runner.interval(segments, runner.CONFIDENCE)
     return Speedup(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+
+
+def share(first: Measurement, other: Measurement) -> float:
+    """Latency of ``other`` as a share of that of ``first``: the median over rounds of their ratio.
+
+    Runs of one round stand side by side in time, so what slows a machine down for a while slows down both.
+    """
+    return float(np.median(other.samples / first.samples))
 
 
 def rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:

@@ -129,7 +129,8 @@ def differing(a: Group, b: Group) -> list[str]:
     """Why the figures of two groups must not be held against each other; empty where they may be."""
     if a.environment is None or b.environment is None:
         return ["the machine is not known"]
-    reasons = differences(a.environment, b.environment)
+    ran = {row.get("runtime", "") for group in (a, b) for row in group.rows}
+    reasons = differences(a.environment, b.environment, sorted(ran))
     first, second = a.rows[0], b.rows[0]
     for field in ("target", "batch", "sequence", "past"):
         ours, theirs = first.get(field, 0), second.get(field, 0)

@@ -201,25 +201,28 @@ def keep(folder: str, lease: str) -> None:
 
 
 def receive(folder: str, digest: str) -> None:
-    """Standard input, as ``files/DIGEST`` of ``folder`` if that is its sha256."""
+    """Standard input, as ``files/DIGEST`` of ``folder`` if that is its sha256; what came in part before is removed."""
     target = Path(folder, "files", digest)
-    part = target.with_suffix(f".{os.getpid()}")  # one whose connection was lost may still be writing
+    part = target.with_suffix(f".{os.getpid()}")  # one whose connection was lost may still be writing its own
     found = hashlib.sha256()
     try:
         target.parent.mkdir(exist_ok=True)
+        for older in target.parent.glob(target.name + ".*"):
+            older.unlink()
         with part.open("wb") as stream:
             for piece in iter(lambda: sys.stdin.buffer.read(1 << 20), b""):
                 found.update(piece)
                 stream.write(piece)
                 Path(folder, "lease").touch()
+        whole = found.hexdigest() == digest
+        if whole:
+            part.replace(target)
     except OSError as error:
-        if part.exists():
-            part.unlink()
         _end(error=_full(error, Path(folder)))
         return
-    whole = found.hexdigest() == digest
-    if whole:
-        part.replace(target)
+    finally:
+        with suppress(OSError):
+            part.unlink()
     _end(whole=whole)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,31 @@ from .device import fingerprint, usable_cpus
 __all__ = ["DECISIVE", "differences", "fingerprint", "unsteady", "usable_cpus", "warnings"]
 
 DECISIVE = ("cpu", "flags", "cpus", "system", "threads", "imitation")
+PACKAGES = {
+    "onnx": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "executorch": ("executorch",),
+    "tensorrt": ("tensorrt", "tensorrt_rtx"),
+    "torch": ("torch",),
+}
+"""What a runtime's speed hangs on, by each word that says what ran an artifact."""
 UNSTEADY_GOVERNORS = ("powersave", "ondemand", "conservative", "schedutil")
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Why figures from ``a`` and ``b`` must not be compared; empty where they may be."""
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], runtimes: Iterable[str] = ()) -> list[str]:
+    """Why figures from ``a`` and ``b`` must not be compared; empty where they may be.
+
+    ``runtimes`` are what took them, as measurements have it ("onnx cuda"), so that other libraries may differ; where it
+    is not known of one, ONNX Runtime is held to be it.
+    """
     reasons = [f"{key} is {a.get(key)} and {b.get(key)}" for key in DECISIVE if a.get(key) != b.get(key)]
-    ours, theirs = (x.get("packages", {}).get("onnxruntime") for x in (a, b))
     if a.get("gpu") != b.get("gpu"):
         reasons.append("the GPU is another")
-    if ours != theirs:
-        reasons.append(f"onnxruntime is {ours} and {theirs}")
+    words = {word for runtime in runtimes or ("",) for word in (runtime or "onnx").split()}
+    for package in (package for word, packages in PACKAGES.items() if word in words for package in packages):
+        ours, theirs = (x.get("packages", {}).get(package) for x in (a, b))
+        if ours != theirs:
+            reasons.append(f"{package} is {ours} and {theirs}")
     return reasons
 
 
@@ -32,6 +46,7 @@ def warnings(environment: Mapping[str, Any]) -> list[str]:
     found = []
     if environment.get("governor") in UNSTEADY_GOVERNORS:
         found.append(f"the CPU governor is '{environment['governor']}'; 'performance' gives steadier figures")
+    found += environment.get("unprofiled") or []
     return found + unfit(environment.get("watch") or {})
 
 

@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+GROUP = "edgepress-"
+
 
 def main(limits: str, *command: str) -> int:
     wanted = json.loads(limits)
@@ -100,7 +102,11 @@ def new_group(root: Path, memory: int) -> Path | None:
         parent = own.parent if own != base else base
         if "memory" not in (parent / "cgroup.subtree_control").read_text(encoding="ascii").split():
             return None
-        group = parent / f"edgepress-{os.getpid()}"
+        for left in parent.glob(GROUP + "*"):  # by those that were killed; what is in use is not removed
+            if left.name == GROUP + str(os.getpid()) or not alive(left.name[len(GROUP) :]):
+                with suppress(OSError):
+                    left.rmdir()
+        group = parent / (GROUP + str(os.getpid()))
         group.mkdir()
     except (OSError, StopIteration):
         return None
@@ -118,6 +124,16 @@ def new_group(root: Path, memory: int) -> Path | None:
         leave(group)
         return None
     return group
+
+
+def alive(number: str) -> bool:
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):  # another user's, or no process at all
+        pass
+    return True
 
 
 def killed(group: Path) -> bool:

@@ -47,7 +47,7 @@ from ..models.workload import Workload
 from ..models.zoo.fetch import cache_folder
 from ..plan import PruningPlan, QuantizationPlan, read_json
 from . import environment, load, runner, targets
-from .measurement import Measurement
+from .compare import share
 from .targets import Target
 
 Progress = Callable[[int, int, str], None]
@@ -284,8 +284,7 @@ class _Bench:
             return self._for_openvino(), "default"
         written = backend.write(self.workload, self._scheme(self.workload), self.folder / "whole")
         forms = [backend.in_form(written, form) for form in backend.FORMS]
-        taken = self._run(forms)
-        best = min(range(len(forms)), key=lambda i: share(taken[0], taken[i]))
+        best = load.fastest(forms, **self._how)
         return forms[best], list(backend.FORMS)[best]
 
     def _for_openvino(self) -> Artifact:
@@ -362,31 +361,17 @@ class _Bench:
                     folder.mkdir()
                     onnx.save(point.graph(), folder / whole.manifest.model_file)
                     artifacts.append(Artifact(folder, whole.manifest))
-                first, *others = self._run(artifacts)
+                first, *others = load.quick(artifacts, **self._how)
             totals.append(first.p50)
             ratios += [share(first, other) for other in others]
         total = float(np.median(totals))
         self.progress(len(points), len(points), "counts measured")
         return total, [ratio * total for ratio in ratios]
 
-    def _run(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
-        return load.benchmark(
-            artifacts,
-            target=str(self.target),
-            batch=self.batch,
-            sequence=self.sequence,
-            min_queries=self.rounds,
-            min_seconds=self.seconds,
-            memory=False,
-        )
-
-
-def share(first: Measurement, other: Measurement) -> float:
-    """Latency of ``other`` as a share of that of ``first``: the median over rounds of their ratio.
-
-    Runs of one round stand side by side in time, so what slows a machine down for a while slows down both.
-    """
-    return float(np.median(other.samples / first.samples))
+    @property
+    def _how(self) -> dict[str, Any]:
+        where = {"target": str(self.target), "batch": self.batch, "sequence": self.sequence}
+        return {**where, "rounds": self.rounds, "seconds": self.seconds}
 
 
 # ---- from what was measured to a table

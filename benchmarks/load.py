@@ -18,6 +18,7 @@ from ..errors import UnavailableError, UsageError
 from ..export import reference
 from ..export.artifact import Artifact, Axis
 from . import imitation, meters, profilers, runner, targets
+from .compare import share
 from .imitation import DoesNotFitError
 from .measurement import Measurement
 from .subjects import Original, shown_as
@@ -59,15 +60,16 @@ def benchmark(
     After these come, if asked for, the energy of each where the target has a meter, and the time of its operators, in a
     process that times nothing else.
 
-    It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Inputs without tokens
-    have no ``sequence``: it is 0 in what is returned. After a ``past`` of so many tokens their keys and values are
-    given. ``scenario`` is "single-stream", "offline" or "server", for which queries, of ``batch`` rows each, come at
-    random, ``rate`` a second, the same for all that have the same ``seed``; see ``runner``. A single-stream run with a
-    ``confidence_width``, 0.01 for 1 %, ends as soon as it is as precise (``runner.timed_rounds``). Raises UsageError
-    where these do not fit together or the shape lies outside the range that an artifact was proven in, and
+    It ends after ``min_queries`` runs of each, or ``min_seconds`` for each if that comes first. Artifacts without
+    tokens have no ``sequence``: it is 0 in what is returned of them. After a ``past`` of so many tokens their keys and
+    values are given. ``scenario`` is "single-stream", "offline" or "server", for which queries, of ``batch`` rows each,
+    come at random, ``rate`` a second, the same for all that have the same ``seed``; see ``runner``. A single-stream run
+    with a ``confidence_width``, 0.01 for 1 %, ends as soon as it is as precise (``runner.timed_rounds``). Raises
+    UsageError where these do not fit together or the shape lies outside the range that an artifact was proven in, and
     UnavailableError where its runtime cannot be measured, or not in operators. DoesNotFitError names those that need
-    more memory than an imitated device has. On a device it raises what ``targets.connect`` does, and ParityError where
-    an artifact that came with references does not answer there as it did where it was proven.
+    more memory than an imitated device has; where energy or profiles alone do, what is returned is without them, and
+    its environment says why. On a device it raises what ``targets.connect`` does, and ParityError where an artifact
+    that came with references does not answer there as it did where it was proven.
     """
     if not artifacts:
         raise UsageError("There is nothing to measure: no artifact was given.")
@@ -78,8 +80,6 @@ def benchmark(
         check_shape(artifact, batch, sequence, past)
     if profile:
         _check_profilers(artifacts)
-    if not _has_axis(artifacts[0], "sequence"):
-        sequence = 0
     runtimes = (artifact.manifest.runtime for artifact in artifacts)
     with targets.connect(where, *runtimes) as (host, where), tempfile.TemporaryDirectory() as folder:
         place, jobs = _sent(artifacts, where, host, Path(folder), (batch, sequence, past), progress=progress)
@@ -97,21 +97,28 @@ def benchmark(
                 _hold_to_reference(artifact, job, host, where, partial(run, imitation.Imitation()))
         uses = [partial(run, mode="memory", artifacts=[job]) for job in jobs]
         memories = _all_fitting(artifacts, uses) if memory or where.imitation.memory else [{} for _ in jobs]
-        timed = run(
-            mode="latency",
-            artifacts=jobs,
-            min_queries=min_queries,
-            min_seconds=min_seconds,
-            scenario=scenario,
-            rate=rate,
-            confidence_width=confidence_width,
-            seed=seed,
-        )
-        spent = run(mode="energy", artifacts=jobs, seconds=SLICE_SECONDS) if energy else {"millijoules": None}
-        profiles = [run(mode="profile", artifacts=[job], runs=PROFILED_RUNS) if profile else None for job in jobs]
+        try:
+            timed = run(
+                mode="latency",
+                artifacts=jobs,
+                min_queries=min_queries,
+                min_seconds=min_seconds,
+                scenario=scenario,
+                rate=rate,
+                confidence_width=confidence_width,
+                seed=seed,
+            )
+        except DoesNotFitError as error:
+            names = " and ".join(str(one.folder) for one in artifacts)
+            said = "do not fit, opened together," if len(jobs) > 1 else "does not fit"
+            raise DoesNotFitError(f"{names} {said} {error}.") from error
+        spent = _spent(partial(run, mode="energy", artifacts=jobs, seconds=SLICE_SECONDS)) if energy else {}
+        uses = [partial(run, mode="profile", artifacts=[job], runs=PROFILED_RUNS) for job in jobs]
+        profiles, unprofiled = _profiled(artifacts, uses) if profile else ([None for _ in jobs], [])
         seen = {
             "watch": timed["watch"],
             "energy": {name: value for name, value in spent.items() if name in ENERGY_TOLD},
+            "unprofiled": unprofiled,
             "imitation": where.imitation.to_json(by=next(filter(None, held_by), None)),
         }
         environment = {
@@ -134,7 +141,7 @@ def benchmark(
             load_ms=used["load_ns"] / 1e6 if used else None,
             peak_rss_bytes=used["peak_rss_bytes"] if used else None,
             batch=batch,
-            sequence=sequence,
+            sequence=sequence if _has_tokens(artifact) else 0,
             past=past,
             samples_ms=tuple(ns / 1e6 for ns in taken),
             environment=environment,
@@ -144,7 +151,7 @@ def benchmark(
             deadline_ms=deadline_ms,
             loads=_loads(services[at], rate) if rate else (),
             early=timed["early"],
-            energy_mj=spent["millijoules"][at] if spent["millijoules"] else None,
+            energy_mj=spent["millijoules"][at] if spent.get("millijoules") else None,
             profile=profiles[at],
         )
         for at, (artifact, job, used, taken) in enumerate(
@@ -179,6 +186,37 @@ def _sent(
         }
         for at, artifact in enumerate(artifacts)
     ]
+
+
+def quick(
+    artifacts: Sequence[Artifact],
+    *,
+    target: str,
+    batch: int,
+    sequence: int,
+    rounds: int = 200,
+    seconds: float = 4.0,
+    progress: Progress | None = None,
+) -> list[Measurement]:
+    """As :func:`benchmark`, the latencies alone and as short as does to decide what is done next."""
+    return benchmark(
+        artifacts,
+        target=target,
+        batch=batch,
+        sequence=sequence,
+        min_queries=rounds,
+        min_seconds=seconds,
+        memory=False,
+        progress=progress,
+    )
+
+
+def fastest(artifacts: Sequence[Artifact], **options: Any) -> int:
+    """The place of the fastest of ``artifacts``, which are timed as :func:`quick` does: by their ratios to the first
+    of the same rounds, in which what slows the machine down for a while cancels."""
+    first, *others = quick(artifacts, **options)
+    shares = [1.0, *(share(first, other) for other in others)]
+    return shares.index(min(shares))
 
 
 def fitting(artifacts: Sequence[Artifact], unfit: list[str] | None, **options: Any) -> list[Measurement]:
@@ -217,6 +255,27 @@ def _all_fitting(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]
         unfit.fitting = tuple(fit)
         raise unfit
     return found
+
+
+def _spent(use: Callable[[], Any]) -> dict[str, Any]:
+    """What ``runner.energy`` tells; on an imitated device that has no memory for it, why there is none."""
+    try:
+        found: dict[str, Any] = use()
+    except DoesNotFitError as error:
+        return {"why": f"measuring it does not fit {error}"}
+    return found
+
+
+def _profiled(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]]) -> tuple[list[Any], list[str]]:
+    """The profile of each that an imitated device has memory for, else None; and a sentence about the others."""
+    found, said = [], []
+    for artifact, use in zip(artifacts, uses, strict=True):
+        try:
+            found.append(use())
+        except DoesNotFitError as error:
+            found.append(None)
+            said.append(f"{artifact.folder} has no profile: telling it does not fit {error}")
+    return found, said
 
 
 def check(artifacts: Sequence[Artifact], where: Target) -> None:
@@ -278,6 +337,8 @@ def _called(artifact: Artifact, where: Target) -> str:
 def _check_scenario(
     scenario: str, rate: float | None, deadline_ms: float | None, confidence_width: float | None, min_seconds: float
 ) -> None:
+    if not 0 <= min_seconds < 1e9:
+        raise UsageError(f"{min_seconds:g} s is no time to measure for; it must be 0 or more and below 1,000,000,000.")
     if scenario not in SCENARIOS:
         raise UsageError(f"There is no scenario '{scenario}' (known: {', '.join(SCENARIOS)}).")
     if (scenario == "server") != (rate is not None):
@@ -302,6 +363,13 @@ def _loads(service_ns: Sequence[int], rate: float) -> tuple[float, ...]:
 
 def _has_axis(artifact: Artifact, name: str) -> bool:
     return any(axis.name == name for spec in artifact.manifest.inputs.values() for axis in spec.axes.values())
+
+
+def _has_tokens(artifact: Artifact) -> bool:
+    """Whether a length of sequences says something about it: an encoder-decoder may have that of the decoder alone."""
+    return any(
+        axis.name.endswith("sequence") for spec in artifact.manifest.inputs.values() for axis in spec.axes.values()
+    )
 
 
 def _size(axis: Axis, batch: int, sequence: int, past: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from . import runner
 PERCENTILES = (50, 90, 95, 99)
 MIN_FOR_P99 = 1000
 RESAMPLES = 1000
+CELLS = 1 << 20
 
 Floats = NDArray[np.float64]
 
@@ -135,8 +136,9 @@ class Measurement:
         drift and heavy tails ask for, and by as much as blocks of one series vary less than those of another would.
         """
         count = len(self.samples)
-        rounds, blocks = resampled_rounds(count, seed), count / block_length(count)
-        ends = np.percentile(np.percentile(self.samples[rounds], percents, axis=1), [2.5, 97.5], axis=1)
+        blocks = count / block_length(count)
+        drawn = [np.percentile(self.samples[some], percents, axis=1) for some in resampled_rounds(count, seed)]
+        ends = np.percentile(np.concatenate(drawn, axis=1), [2.5, 97.5], axis=1)
         if blocks > 2:
             wider = student.ppf(0.975, blocks / 2) / norm.ppf(0.975) / np.sqrt(1 - 1 / blocks)
             value = np.percentile(self.samples, percents)
@@ -167,8 +169,9 @@ def block_length(count: int) -> int:
     return max(1, round(1.5 * count**0.5)) if count > 9 else 1
 
 
-def resampled_rounds(count: int, seed: int) -> NDArray[np.int64]:
-    """Bootstrap resamples of ``count`` rounds, one a row, drawn in blocks of neighbours.
+def resampled_rounds(count: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Bootstrap resamples of ``count`` rounds, one a row, drawn in blocks of neighbours; of all 1,000, so many at once
+    as are no more than ``CELLS`` numbers.
 
     A machine's clock and load drift, so neighbouring rounds are alike; blocks of 1.5 times the square root of ``count``
     keep that likeness (Kuensch 1989, Annals of Statistics 17:3). After the last round comes the first, so that all are
@@ -177,7 +180,8 @@ def resampled_rounds(count: int, seed: int) -> NDArray[np.int64]:
     random = np.random.default_rng(seed)
     length = block_length(count)
     starts = random.integers(0, count, size=(RESAMPLES, -(-count // length)))
-    return ((starts[:, :, None] + np.arange(length)) % count).reshape(RESAMPLES, -1)[:, :count]
+    for some in np.array_split(starts, min(RESAMPLES, -(-RESAMPLES * count // CELLS))):
+        yield ((some[:, :, None] + np.arange(length)) % count).reshape(len(some), -1)[:, :count]
 
 
 def order(samples: Floats, percent: float, confidence: float = 0.95) -> tuple[float, float | None]:

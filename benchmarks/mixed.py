@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 import onnx as onnx_files
 from torch import nn
 
@@ -37,10 +36,10 @@ from ..models.metrics import Quality
 from ..models.workload import Progress, Workload
 from ..plan import QuantizationPlan
 from . import load
-from .latency import share
+from .compare import share
 from .measurement import Measurement
 
-ROUNDS, SECONDS = 200, 3.0
+SECONDS = 3.0
 """How long each kind of operator is measured, at most."""
 LEAST = 0.1
 """The least that an operator is believed to cost, as a share of the mean: less is noise."""
@@ -112,6 +111,7 @@ def milliseconds(
     with the file in which nothing is, is shared out among them. Tables take bytes and no time worth measuring; so that
     they are not left in float for nothing, they are given the mean of the others.
     """
+    where: dict[str, Any] = {"target": target, "batch": batch, "sequence": sequence}
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name in plan.weights:
         layer = workload.module.get_submodule(name)
@@ -131,7 +131,7 @@ def milliseconds(
         for done, names in enumerate(groups.values()):
             if progress:
                 progress(done, len(groups), "kinds of operators measured")
-            first, other = _measured([whole, written(names)], target, batch, sequence)
+            first, other = load.quick([whole, written(names)], **where, seconds=SECONDS)
             found |= dict.fromkeys(names, first.p50 * (share(first, other) - 1) / len(names))
     mean = max(sum(found.values()) / len(found), 1e-6)
     return {name: max(found.get(name, mean), LEAST * mean) for name in plan.weights}
@@ -266,8 +266,8 @@ def fit(
     where: dict[str, Any] = {"target": target, "batch": batch, "sequence": sequence}
     labels = metrics.wanted(rows, metric)
     original = onnx.write(workload, QuantizationPlan("fp32"), folder / "original", name="original fp32")
-    taken = min(onnx.FORMS, key=_paces(original, where).__getitem__)
-    original = onnx.in_form(original, taken)
+    forms = [onnx.in_form(original, form) for form in onnx.FORMS]
+    original = forms[load.fastest(forms, **where, seconds=SECONDS)]
     before = _answers(original, workload, progress)
 
     rounding = sensitivity.uncorrected(workload, scheme, rotate=rotate, seed=seed, progress=progress)
@@ -336,21 +336,3 @@ def proven(
 def _answers(artifact: Artifact, workload: Workload, progress: Progress | None) -> Any:
     with onnx.open_session(artifact) as session:
         return metrics.session_answers(session.run, workload, progress=progress)
-
-
-def _paces(original: Artifact, where: dict[str, Any]) -> dict[str, float]:
-    """The median latency of each graph form."""
-    taken = _measured([onnx.in_form(original, form) for form in onnx.FORMS], **where)
-    return {form: float(np.median(one.samples)) for form, one in zip(onnx.FORMS, taken, strict=True)}
-
-
-def _measured(artifacts: Sequence[Artifact], target: str, batch: int, sequence: int) -> list[Measurement]:
-    return load.benchmark(
-        artifacts,
-        target=target,
-        batch=batch,
-        sequence=sequence,
-        min_queries=ROUNDS,
-        min_seconds=SECONDS,
-        memory=False,
-    )

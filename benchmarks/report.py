@@ -40,8 +40,12 @@ def write_report(run: Path, *, changed: int = example_page.SHOWN) -> Path:
     """
     summary, measured = read_run(run)
     original, *results = compared(measured)
-    page_of = _page(run, summary, measured, original, results, changed)
-    markdown = _markdown(run, summary, original, results)
+    try:
+        page_of = _page(run, summary, measured, original, results, changed)
+        markdown = _markdown(run, summary, original, results)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{run / 'summary.json'} is not the summary of a finished run ({said}).") from error
     write_text(run / "report.html", page_of)
     write_text(run / "report.md", markdown)
     return run / "report.html"

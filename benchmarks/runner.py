@@ -20,7 +20,6 @@ import math
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,8 +72,11 @@ def alone() -> Iterator[None]:
 
     The kernel lets go of the lock however its holder ends.
     """
-    path = os.path.join(tempfile.gettempdir(), f"edgepress-{os.getuid()}.lock")  # noqa: PTH118 - for os.open
-    lock = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    path = lock_file()
+    try:
+        lock = os.open(str(path), os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        sys.exit(f"{path}, by which measurements take turns, cannot be opened ({error.strerror}): remove it")
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,6 +86,16 @@ def alone() -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def lock_file(users: str = "/run/user") -> Path:
+    """The same for all of this user's processes, whatever they take for the folder of temporary files."""
+    own = Path(users, str(os.getuid()))
+    try:
+        ours = own.is_dir() and own.stat().st_uid == os.getuid() and os.access(str(own), os.W_OK)
+    except OSError:
+        ours = False
+    return (own if ours else Path("/tmp")) / f"edgepress-{os.getuid()}.lock"  # noqa: S108 - it is opened with care
 
 
 def open_model(artifact: dict[str, Any], threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
@@ -202,7 +214,7 @@ def timed_rounds(
     gc.collect()
     gc.disable()
     begin = since = told = time.monotonic()
-    while rounds < min_queries:
+    while rounds < max(min_queries, LEAST):
         for which in chance.permutation(len(samples)):
             samples[which].append(timed(runs[which]))
         rounds += 1

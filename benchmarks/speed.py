@@ -107,15 +107,8 @@ def fit(
             if progress:
                 progress(number - 1, ROUNDS, "exporting")
             pruned = _artifact(surgery.prune(workload, plan), table, Path(folder) / f"pruned{number}")
-            first, second = load.benchmark(
-                [original, pruned],
-                target=table.target,
-                batch=table.batch,
-                sequence=table.sequence,
-                min_queries=300,
-                min_seconds=4.0,
-                memory=False,
-            )
+            where: dict[str, Any] = {"target": table.target, "batch": table.batch, "sequence": table.sequence}
+            first, second = load.quick([original, pruned], **where, rounds=300)
             found = compare.speedup(first, second)
             one = Round(budget, predicted, table.total_ms / predicted, first.p50, second.p50, found)
             rounds.append((one, plan))

@@ -51,7 +51,7 @@ def costs(row: Row) -> list[str]:
     load, peak, energy = row["load_ms"], row["peak_rss_bytes"], row["energy_mj"]
     return [
         row["name"],
-        f"{row['batch'] * 1000 / row['latency_ms']['p50']:,.1f}",
+        f"{row['throughput']['rows_per_s']:,.1f}",
         f"{load:.0f}" if load is not None else "—",
         f"{peak / 1e6:.0f}" if peak is not None else "—",
         f"{row['size_bytes'] / 1e6:.1f}",

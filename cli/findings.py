@@ -18,7 +18,15 @@ def doubts(taken: Sequence[Measurement]) -> list[str]:
     from ..benchmarks import environment
 
     found = environment.warnings(taken[0].environment)
-    return found + [f"{item.name}: {sign}" for item in taken for sign in environment.unsteady(item.samples)]
+    timed = [item for item in taken if item.scenario != "server"]  # there waiting is part of a latency, and varies
+    return found + [f"{item.name}: {sign}" for item in timed for sign in environment.unsteady(item.samples)]
+
+
+def run(taken: Sequence[Measurement]) -> dict[str, Any]:
+    """One interleaved run and what was seen in it alone, for JSON."""
+    first = taken[0]
+    seen = {name: first.environment.get(name) for name in ("openings", "clock_overhead_ns", "watch")}
+    return {"target": first.target, "batch": first.batch, "sequence": first.sequence, "past": first.past, **seen}
 
 
 def show(taken: Sequence[Measurement], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -44,12 +52,14 @@ def show(taken: Sequence[Measurement], rows: Sequence[Mapping[str, Any]]) -> Non
             print(profile.headline(found, item.p50))
 
 
-def write_profiles(measured: Sequence[Sequence[Measurement]], folder: Path) -> Path:
-    """The page with every profile in ``folder``."""
+def write_profiles(measured: Sequence[Sequence[Measurement]], folder: Path) -> Path | None:
+    """The page with every profile in ``folder``; None where there is none."""
     from ..benchmarks import profile
     from ..files import write_text
 
-    items = [item for taken in measured for item in taken]
+    items = [item for taken in measured for item in taken if item.profile]
+    if not items:
+        return None
     headings = [f"{item.artifact}, {_shape(item)}" for item in items]
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / PAGE, profile.write_page(items, headings))

@@ -75,12 +75,13 @@ def bench(
     runs = [taken for taken in measured(subjects, where, (batch, seq), source, seed, unfit, **options) if taken]
     tables = [comparing.rows(taken) for taken in runs]
     for taken in runs:
-        environments[taken[0].target] = dict(taken[0].environment)
+        environments.setdefault(taken[0].target, dict(taken[0].environment))
     if json_ and runs:
         document = {
             "rows": [row for rows in tables for row in rows],
             "environment": next(iter(environments.values())),
             "environments": environments,
+            "runs": [findings.run(taken) for taken in runs],
             "warnings": [
                 {"target": taken[0].target, "says": said} for taken in runs for said in findings.doubts(taken)
             ],
@@ -90,11 +91,11 @@ def bench(
     for taken, (first, *others) in zip(runs, tables, strict=True) if not json_ else ():
         print(_heading(first))
         table(first, others, None)
-        scenarios.show([first, *others], environments[first["target"]])
+        scenarios.show([first, *others], dict(taken[0].environment))
         findings.show(taken, [first, *others])
     if out and runs:
         page = findings.write_profiles(runs, out)
-        if not json_:
+        if page and not json_:
             print(f"profile    {page}")
     if unfit:
         raise DoesNotFitError(" ".join(dict.fromkeys(unfit)))

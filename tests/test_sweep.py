@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sqlite3
 import sys
 import threading
 import time
-from contextlib import suppress
+import zipfile
+from contextlib import closing, suppress
+from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from edgepress import sweep
+from edgepress import cluster, sweep
 from edgepress.cluster import on_ray
 from edgepress.errors import InputError, UsageError
 
@@ -73,6 +77,11 @@ def test_a_cell_is_its_recipe_and_nothing_else(grid: Any, tmp_path: Path) -> Non
         ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {"limits.max": [1, 2]}}, "limits.max 1 .*limits.max 2 "),
         ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {"model.a": [1]}}, "'model.a' .* has no fields"),
         ({"grid": {"seed": [1]}}, "model: Field required"),
+        ({"recipe": {"model": date(2024, 1, 2)}}, "model: Input should be a valid string"),
+        ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {"model": [date(2024, 1, 2)]}}, "model 2024-01-02 .*string"),
+        ({"recipe": {"model": "zoo:vit-fashion"}, "grid": {7: [1]}}, "'7' in the grid of .* is no name of a field"),
+        ({"recipe": {"model": "zoo:vit-fashion", 3: 4}}, "Keys should be strings"),
+        ({"recipes": {}, 5: {}}, "has '5'; a grid has"),
     ],
 )
 def test_grids_that_are_none(grid: Any, said: str, tmp_path: Path) -> None:
@@ -142,11 +151,86 @@ def test_files_that_are_no_results(content: bytes, here: Any, tmp_path: Path) ->
         sweep.results(tmp_path / "none.sqlite")
 
 
+def test_results_that_cannot_be_written_are_told_before_anything_is_run(
+    grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = sweep.read(written({**grid, "grid": {}}, tmp_path))
+    path = tmp_path / "out" / sweep.RESULTS
+    sweep._opened(path, new=True).close()
+
+    def begun(*_: Any) -> Any:
+        pytest.fail("it had begun")
+
+    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(InputError, match=f"{path} cannot be used as results of a sweep: database is locked"):
+            sweep.sweep(cells, path.parent, begun, quiet)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:18] + b"\x03" + whole[19:])  # of a later version of SQLite, which this one may only read
+    with pytest.raises(InputError, match="attempt to write a readonly database"):
+        sweep.sweep(cells, path.parent, begun, quiet)
+    path.write_bytes(whole)
+
+
+def test_results_that_do_not_fit_on_the_disk_are_one_sentence(
+    grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = sweep.read(written({**grid, "grid": {}}, tmp_path))
+    opened = sweep._opened
+
+    def full(path: Path, **options: Any) -> sqlite3.Connection:
+        store = opened(path, **options)
+        store.execute("PRAGMA max_page_count = 1")  # what there is, and no page more
+        return store
+
+    def ended(cells: Any, runs: Path, tell: Any) -> Any:
+        yield cells[0], sweep.Ending("failed", "much to say " * 10_000, 1.0)
+
+    monkeypatch.setattr(sweep, "_opened", full)
+    with pytest.raises(InputError, match="cannot be used as results of a sweep: database or disk is full"):
+        sweep.sweep(cells, tmp_path / "out", ended, quiet)
+
+
 def test_no_cluster(grid: Any, here: Any, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     done = here("sweep", written(grid, tmp_path), "-o", tmp_path / "out", "--ray", "127.0.0.1:1")
     assert done.returncode == 2
     assert "No Ray cluster answers at '127.0.0.1:1'" in done.stderr
+
+
+def test_what_a_machine_keeps_of_a_cell_is_brought_home(tmp_path: Path) -> None:
+    run, home = tmp_path / "run", tmp_path / "home"
+    for name in ("summary.json", "artifact/model.onnx", "stages/01-baseline-a/result.json", "unfinished/state"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    cluster._unpacked(cluster._packed(run), home)
+    files = {str(path.relative_to(home)): path.read_text() for path in home.rglob("*") if path.is_file()}
+    assert files == {name: name for name in ("summary.json", "artifact/model.onnx")}
+    hostile = io.BytesIO()
+    with zipfile.ZipFile(hostile, "w") as archive:
+        archive.writestr("../../outside", "mine")
+    cluster._unpacked(hostile.getvalue(), home)
+    assert not (tmp_path / "outside").exists()
+    assert (home / "outside").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_cell_that_a_machine_cannot_run_fails_at_once(grid: Any, tmp_path: Path) -> None:
+    """Its name is too long for a file; the machine is not taken to be lost."""
+    ray = pytest.importorskip("ray")
+    (cell,) = sweep.read(written({**grid, "grid": {}}, tmp_path))
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    told: list[str] = []
+    try:
+        long = replace(cell, key="x" * 300)
+        (ended,) = on_ray([long], tmp_path / "runs", lambda key, now: told.append(now), address="auto")
+    finally:
+        ray.shutdown()
+    assert ended[1].state == "failed"
+    assert ended[1].said.endswith("File name too long.")
+    assert ended[1].said.count("\n") == 0
+    assert len(told) == 1, "it was given to a machine once"
 
 
 @pytest.mark.slow
@@ -157,7 +241,7 @@ def test_a_node_of_a_cluster_is_lost_and_no_result(grid: Any, tmp_path: Path) ->
     from ray.cluster_utils import Cluster
 
     cells = sweep.read(written({**grid, "grid": {"seed": [0, 1, 2]}}, tmp_path))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     told: list[str] = []
     most_at_work = 0
 
@@ -178,25 +262,25 @@ def test_a_node_of_a_cluster_is_lost_and_no_result(grid: Any, tmp_path: Path) ->
             most_at_work = max(most_at_work, sum(busy.values()))
             if len(nodes) == 2 and (node := next((node for node, count in busy.items() if count), None)):
                 nodes.remove(node)
-                cluster.remove_node(node, allow_graceful=False)
+                machines.remove_node(node, allow_graceful=False)
             time.sleep(0.1)
 
     try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        ray.init(address=cluster.address, log_to_driver=False)
+        nodes = [machines.add_node(num_cpus=1) for _ in range(2)]
+        ray.init(address=machines.address, log_to_driver=False)
         killer = threading.Thread(target=kill_one)
         killer.start()
 
         def tell(key: str, now: str) -> None:
             told.append(now)
 
-        found = sweep.sweep(cells, tmp_path / "out", partial(on_ray, address=cluster.address), tell)
+        found = sweep.sweep(cells, tmp_path / "out", partial(on_ray, address=machines.address), tell)
     finally:
         lost = [now for now in told if "was lost; waiting for another machine" in now]
         told[:] = ["over"]
         killer.join()
         ray.shutdown()
-        cluster.shutdown()
+        machines.shutdown()
     assert len(nodes) == 1
     assert len(lost) == 1
     assert most_at_work == 1

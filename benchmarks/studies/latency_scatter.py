@@ -41,9 +41,9 @@ def draw(structure: Any, random: np.random.Generator) -> Any:
 
 def point(table: Any, structure: Any, plan: Any, original: Any, small: Any) -> dict[str, Any]:
     """What the table says of a plan beside the two measurements; shares are of the original's latency."""
-    from edgepress.benchmarks import compare, latency
+    from edgepress.benchmarks import compare
 
-    faster, paired = compare.speedup(original, small), latency.share(original, small)
+    faster, paired = compare.speedup(original, small), compare.share(original, small)
     predicted = table.predict(structure, plan)
     share = predicted / table.total_ms
     return {

@@ -370,6 +370,10 @@ def test_artifacts_are_opened_anew_where_that_is_cheap(clock: Clock, monkeypatch
         ({"deadline_ms": 5.0}, "deadline"),
         ({"scenario": "offline", "confidence_width": 0.01}, "confidence width"),
         ({"confidence_width": 1.5}, "confidence width"),
+        ({"min_seconds": float("inf")}, "inf s is no time to measure for"),
+        ({"min_seconds": float("nan")}, "nan s is no time"),
+        ({"min_seconds": 1e308}, "1e\\+308 s is no time"),
+        ({"min_seconds": -1.0}, "-1 s is no time"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options: dict[str, Any], said: str) -> None:

@@ -156,6 +156,19 @@ def test_what_the_kernel_ends_in_its_control_group_does_not_fit(tmp_path: Path) 
     assert other.returncode == 137
 
 
+def test_groups_of_runs_that_were_killed_are_cleared_away(tmp_path: Path) -> None:
+    """One of them had the number that this process has; what a living process may be about to enter stays."""
+    ours = unified(tmp_path, "memory")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for number in (os.getpid(), ended.pid, os.getppid()):
+        (ours / f"edgepress-{number}").mkdir()
+    group = imitate.new_group(tmp_path, 10**8)
+    assert group == ours / f"edgepress-{os.getpid()}"
+    assert (group / "memory.max").read_text() == str(10**8)
+    assert {path.name for path in ours.glob("edgepress-*")} == {group.name, f"edgepress-{os.getppid()}"}
+
+
 def test_without_the_memory_controller_there_is_no_group(tmp_path: Path) -> None:
     ours = unified(tmp_path, "cpu pids")
     assert imitate.new_group(tmp_path, 10**8) is None

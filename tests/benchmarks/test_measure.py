@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ from typing import Any
 import edgepress as ep
 import numpy as np
 import pytest
-from edgepress.benchmarks import compare, environment, runner, targets
-from edgepress.benchmarks.measurement import Measurement
+from edgepress.benchmarks import compare, environment, runner, tables, targets
+from edgepress.benchmarks.measurement import RESAMPLES, Measurement, resampled_rounds
+from edgepress.cli import findings
 from edgepress.errors import InputError, UnavailableError, UsageError
 from edgepress.export.backends import openvino as openvino_backend
 from edgepress.plan import QuantizationPlan
@@ -57,6 +61,23 @@ def test_statistics_are_those_of_the_samples() -> None:
         assert high
         assert low < np.percentile(samples, percent) < high
     assert found.throughput == pytest.approx(1000 / found.p50)
+
+
+def test_intervals_of_many_samples_take_little_memory() -> None:
+    """And are what all resamples at once gave."""
+    few = drifting(200)
+    starts = np.random.default_rng(0).integers(0, 200, size=(RESAMPLES, 10))
+    rounds = ((starts[:, :, None] + np.arange(21)) % 200).reshape(RESAMPLES, -1)[:, :200]
+    at_once = np.concatenate([*resampled_rounds(200, 0)])
+    assert (at_once == rounds).all()
+    many = made_up(np.tile(few, 100))
+    tracemalloc.start()
+    low, high = many.interval()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert high
+    assert low <= many.p50 <= high
+    assert peak < 80e6, "all of them at once are 320 MB"
 
 
 def test_p99_needs_a_thousand_samples() -> None:
@@ -108,6 +129,45 @@ def test_what_is_not_comparable_is_not_compared(change: dict[str, Any]) -> None:
         compare.speedup(made_up(drifting()), made_up(drifting(), **change))
 
 
+def test_other_versions_of_what_ran_it_are_not_compared() -> None:
+    def with_(**packages: str) -> dict[str, Any]:
+        return {**ENVIRONMENT, "packages": {**ENVIRONMENT["packages"], **packages}}
+
+    for package, runtime in (
+        ("onnxruntime", "onnx"),
+        ("onnxruntime", ""),
+        ("openvino", "openvino"),
+        ("executorch", "executorch"),
+        ("tensorrt", "tensorrt"),
+        ("tensorrt", "onnx cuda tensorrt"),
+        ("tensorrt_rtx", "tensorrt"),
+        ("torch", "torch cuda compile"),
+    ):
+        old, new = with_(**{package: "1"}), with_(**{package: "2"})
+        assert environment.differences(old, new, [runtime]) == [f"{package} is 1 and 2"]
+        assert not environment.differences(old, new, ["torch" if runtime != "torch cuda compile" else "onnx"])
+    other = made_up(drifting(), runtime="torch", environment=with_(torch="0"))
+    with pytest.raises(UsageError, match=r"torch is .* and 0"):
+        compare.speedup(made_up(drifting(), runtime="onnx"), other)
+
+
+def test_a_server_is_not_doubted_for_its_queue() -> None:
+    """p90 is 2.4 times p50 of a queue that nothing is wrong with."""
+    waited = np.random.default_rng(0).exponential(size=1000) + 1.0
+    alone, served = made_up(waited), made_up(waited, scenario="server", rate=10.0, loads=(0.5,) * 4)
+    assert any("other work" in doubt for doubt in findings.doubts([alone]))
+    assert not any("other work" in doubt or "moved from" in doubt for doubt in findings.doubts([served]))
+
+
+def test_rows_a_second_are_those_of_the_scenario() -> None:
+    served = made_up(drifting(), scenario="server", rate=10.0, loads=(0.5,) * 4, batch=3)
+    assert tables.costs(compare.row(served, None))[1] == "30.0"
+    spread = np.tile([1.0, 3.0, 1.0], 100)
+    offline = made_up(spread, scenario="offline", per_slice=3)
+    assert tables.costs(compare.row(offline, None))[1] == "600.0"
+    assert tables.costs(compare.row(made_up(spread), None))[1] == "1,000.0"
+
+
 def test_throttling_and_other_load_are_seen() -> None:
     assert any("moved from" in sign for sign in environment.unsteady(drifting()))
     random = np.random.default_rng(0)
@@ -124,6 +184,32 @@ def test_every_run_follows_every_other() -> None:
     assert (np.sort(rounds, axis=1) == np.arange(3)).all()
     pairs = {(a, b): int(((rounds[:, :-1] == a) & (rounds[:, 1:] == b)).sum()) for a in range(3) for b in range(3)}
     assert all(40 < count < 95 for (a, b), count in pairs.items() if a != b)  # 67 of each, but for chance
+
+
+def test_the_lock_is_one_for_all_processes_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"edgepress-{os.getuid()}.lock"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for_all = Path("/", "tmp", name)
+    assert runner.lock_file(str(tmp_path)) == for_all
+    (tmp_path / str(os.getuid())).write_text("no folder")
+    assert runner.lock_file(str(tmp_path)) == for_all
+    (tmp_path / str(os.getuid())).unlink()
+    (tmp_path / str(os.getuid())).mkdir()
+    assert runner.lock_file(str(tmp_path)) == tmp_path / str(os.getuid()) / name
+    place = tmp_path / name
+    place.symlink_to(tmp_path / "of another user")
+    monkeypatch.setattr(runner, "lock_file", lambda: place)
+    with (
+        pytest.raises(SystemExit, match=f"{place}, by which measurements take turns, cannot be opened"),
+        runner.alone(),
+    ):
+        pass
+    assert not (tmp_path / "of another user").exists()
+
+
+def test_there_are_thirty_rounds_in_any_case() -> None:
+    assert [len(taken) for taken in runner.interleaved([lambda: None], 10, 0.0)] == [30]
 
 
 def test_measurements_of_one_machine_take_turns(workload: Any, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from edgepress.benchmarks.measurement import Measurement
 from edgepress.benchmarks.report import write_report
 from edgepress.errors import InputError
 
+from .test_measure import made_up
+
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 420])
@@ -107,6 +109,16 @@ def test_a_run_that_kept_nothing(open_page: Any, finished_run: Path, tmp_path: P
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a finished run"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("summary", [{}, {"original": {}}, {"chosen": None, "unmet": 3}, {"chosen": None, "name": []}])
+def test_a_damaged_summary_is_refused(here: Any, tmp_path: Path, summary: dict[str, Any]) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "measurements.jsonl").write_text(json.dumps(made_up(np.ones(30)).to_json()) + "\n")
+    done = here("report", tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'summary.json'} is not the summary of a finished run" in done.stderr
+    assert not (tmp_path / "report.html").exists()
 
 
 # ---- what was kept of single rows

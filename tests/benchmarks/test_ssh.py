@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import re
@@ -13,13 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import edgepress as ep
 import onnx
 import pytest
-from edgepress.benchmarks import environment, load, targets
+from edgepress.benchmarks import device, environment, load, targets
 from edgepress.benchmarks.targets import ssh
 from edgepress.errors import EdgepressError, ParityError, UnavailableError, UsageError
 from edgepress.export.artifact import Artifact, open_artifact, seal
@@ -60,6 +64,27 @@ def test_scenarios_work_over_there(there: Any, artifacts: list[Artifact]) -> Non
         assert first.environment["clock_overhead_ns"] > 0
         assert bool(first.loads) == (options["scenario"] == "server") == (first.within is not None)
         assert ep.compare([first, second])[1]["speedup"]["value"] > 0
+
+
+def test_what_did_not_arrive_whole_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what earlier connections left of the same file, when it is sent again."""
+    content = b"a model" * 1000
+    digest = hashlib.sha256(content).hexdigest()
+    files = tmp_path / "files"
+
+    def sent(content: bytes) -> Any:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+        with redirect_stdout(io.StringIO()) as said:
+            device.receive(str(tmp_path), digest)
+        return json.loads(said.getvalue())
+
+    assert sent(content[:100]) == {"end": True, "whole": False}
+    assert not list(files.iterdir())
+    (files / f"{digest}.1").write_bytes(content[:100])
+    (files / "another.1").write_bytes(b"")
+    assert sent(content) == {"end": True, "whole": True}
+    assert sorted(path.name for path in files.iterdir()) == sorted([digest, "another.1"])
+    assert (files / digest).read_bytes() == content
 
 
 def test_a_device_that_computes_something_else_is_an_error(
