@@ -97,21 +97,9 @@ def benchmark(
                 _hold_to_reference(artifact, job, host, where, partial(run, imitation.Imitation()))
         uses = [partial(run, mode="memory", artifacts=[job]) for job in jobs]
         memories = _all_fitting(artifacts, uses) if memory or where.imitation.memory else [{} for _ in jobs]
-        try:
-            timed = run(
-                mode="latency",
-                artifacts=jobs,
-                min_queries=min_queries,
-                min_seconds=min_seconds,
-                scenario=scenario,
-                rate=rate,
-                confidence_width=confidence_width,
-                seed=seed,
-            )
-        except DoesNotFitError as error:
-            names = " and ".join(str(one.folder) for one in artifacts)
-            said = "do not fit, opened together," if len(jobs) > 1 else "does not fit"
-            raise DoesNotFitError(f"{names} {said} {error}.") from error
+        options: dict[str, Any] = {"scenario": scenario, "rate": rate, "seed": seed}
+        options |= {"min_queries": min_queries, "min_seconds": min_seconds, "confidence_width": confidence_width}
+        timed = _together(artifacts, partial(run, mode="latency", artifacts=jobs, **options))
         spent = _spent(partial(run, mode="energy", artifacts=jobs, seconds=SLICE_SECONDS)) if energy else {}
         uses = [partial(run, mode="profile", artifacts=[job], runs=PROFILED_RUNS) for job in jobs]
         profiles, unprofiled = _profiled(artifacts, uses) if profile else ([None for _ in jobs], [])
@@ -130,14 +118,7 @@ def benchmark(
     services = timed.get("service_ns") or [()] * len(jobs)
     return [
         Measurement(
-            name=artifact.name,
-            artifact=shown_as(artifact),
-            target=str(where),
-            runtime=_called(artifact, where),
-            precision=job["precision"],
-            params=artifact.manifest.params,
-            macs=artifact.manifest.macs,
-            size_bytes=artifact.size_bytes // (2 if job["precision"] != artifact.precision else 1),  # in half precision
+            **_described(artifact, where, job["precision"]),
             load_ms=used["load_ns"] / 1e6 if used else None,
             peak_rss_bytes=used["peak_rss_bytes"] if used else None,
             batch=batch,
@@ -188,27 +169,9 @@ def _sent(
     ]
 
 
-def quick(
-    artifacts: Sequence[Artifact],
-    *,
-    target: str,
-    batch: int,
-    sequence: int,
-    rounds: int = 200,
-    seconds: float = 4.0,
-    progress: Progress | None = None,
-) -> list[Measurement]:
+def quick(artifacts: Sequence[Artifact], *, rounds: int = 200, seconds: float = 4.0, **where: Any) -> list[Measurement]:
     """As :func:`benchmark`, the latencies alone and as short as does to decide what is done next."""
-    return benchmark(
-        artifacts,
-        target=target,
-        batch=batch,
-        sequence=sequence,
-        min_queries=rounds,
-        min_seconds=seconds,
-        memory=False,
-        progress=progress,
-    )
+    return benchmark(artifacts, min_queries=rounds, min_seconds=seconds, memory=False, **where)
 
 
 def fastest(artifacts: Sequence[Artifact], **options: Any) -> int:
@@ -255,6 +218,16 @@ def _all_fitting(artifacts: Sequence[Artifact], uses: Sequence[Callable[[], Any]
         unfit.fitting = tuple(fit)
         raise unfit
     return found
+
+
+def _together(artifacts: Sequence[Artifact], use: Callable[[], Any]) -> Any:
+    """What ``use`` tells of all ``artifacts``; DoesNotFitError names them where an imitated device has no memory."""
+    try:
+        return use()
+    except DoesNotFitError as error:
+        names = " and ".join(str(one.folder) for one in artifacts)
+        said = "do not fit, opened together," if len(artifacts) > 1 else "does not fit"
+        raise DoesNotFitError(f"{names} {said} {error}.") from error
 
 
 def _spent(use: Callable[[], Any]) -> dict[str, Any]:
@@ -324,6 +297,20 @@ def _told(artifact: Artifact, where: Target) -> dict[str, Any]:
         "inference_precision": manifest.session.inference_precision,
         "dynamic_quantization": manifest.session.dynamic_quantization,
         "inputs": list(manifest.inputs),
+    }
+
+
+def _described(artifact: Artifact, where: Target, precision: str) -> dict[str, Any]:
+    """What a measurement says of an artifact that was run in ``precision``, whatever was measured."""
+    return {
+        "name": artifact.name,
+        "artifact": shown_as(artifact),
+        "target": str(where),
+        "runtime": _called(artifact, where),
+        "precision": precision,
+        "params": artifact.manifest.params,
+        "macs": artifact.manifest.macs,
+        "size_bytes": artifact.size_bytes // (2 if precision != artifact.precision else 1),  # in half precision
     }
 
 

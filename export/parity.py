@@ -18,7 +18,7 @@ from ..models.examples import example
 from ..models.workload import Workload
 from . import axes, cache
 from .artifact import Parity
-from .reference import MASKED, TOLERANCE
+from .reference import TOLERANCE, unmasked
 
 ODD = {"batch": 3, "sequence": 37, "decoder_sequence": 5, "past_sequence": 5}
 """The axes that can be dynamic, and a size of each that is no power of two."""
@@ -32,7 +32,7 @@ PAST_IDS = "past_ids"
 """Beside the inputs of a step, the tokens before it, whose keys and values it reads."""
 
 AS_MASKED = 6e4
-"""What answers where the reference is ``MASKED`` must be at least so far from 0: half precision has nothing beyond."""
+"""What answers where the reference is ``reference.MASKED`` must be at least so far from 0, as half precision can be."""
 
 Feeds = dict[str, NDArray[Any]]
 Run = Callable[[Feeds], NDArray[Any]]
@@ -279,12 +279,7 @@ def _difference(ours: NDArray[Any], theirs: NDArray[Any], shape: tuple[int, ...]
     got, want = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
     if np.isnan(want).any():
         raise ParityError(f"At input shape {list(shape)} the reference gives values that are not numbers.")
-    masked = np.abs(want) >= MASKED
-    if not (got[masked] * np.sign(want[masked]) >= AS_MASKED).all():
-        raise ParityError(f"At input shape {list(shape)} the artifact does not rule out what the reference does.")
-    got, want = got[~masked], want[~masked]
-    if not np.isfinite(got).all():
-        raise ParityError(f"At input shape {list(shape)} the artifact gives values that are not finite.")
+    got, want = unmasked(got, want, least=AS_MASKED, subject=f"At input shape {list(shape)} the artifact")
     return _Difference(
         largest_error=float(np.abs(got - want).max(initial=0)),
         square_error=float(np.square(got - want).sum()),

@@ -165,12 +165,7 @@ def _judged(
     ours, theirs = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     if np.isnan(theirs).any():
         raise InputError(f"{artifact.folder / FILE} holds values that are not numbers.")
-    masked = np.abs(theirs) >= MASKED
-    if not (ours[masked] * np.sign(theirs[masked]) >= MASKED).all():
-        raise ParityError(f"{artifact.folder} does not rule out {where} what it did where it was proven.")
-    ours, theirs = ours[~masked], theirs[~masked]
-    if not np.isfinite(ours).all():
-        raise ParityError(f"{artifact.folder} gives values {where} that are not finite.")
+    ours, theirs = unmasked(ours, theirs, least=MASKED, subject=f"{artifact.folder}, run {where},")
     if not ours.size:
         raise InputError(f"{artifact.folder / FILE} has no value to compare with.")
     largest, spread = max(np.abs(theirs).max(), 1e-12), max(np.sqrt(np.square(theirs).mean()), 1e-12)
@@ -187,6 +182,23 @@ def _judged(
         )
     norms = max(float(np.linalg.norm(ours) * np.linalg.norm(theirs)), 1e-12)
     return Verified(cases, max_abs, float(max_abs / largest), float(ours @ theirs) / norms)
+
+
+def unmasked(
+    ours: NDArray[np.float64], theirs: NDArray[np.float64], *, least: float, subject: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both without the places at which ``theirs``, the reference, is ``MASKED``.
+
+    Raises ParityError, which begins with ``subject``, where ours is nearer to 0 than ``least`` at one of those or has
+    the other sign, and where it is not finite at another.
+    """
+    masked = np.abs(theirs) >= MASKED
+    if not (ours[masked] * np.sign(theirs[masked]) >= least).all():
+        raise ParityError(f"{subject} does not rule out what the reference does.")
+    ours, theirs = ours[~masked], theirs[~masked]
+    if not np.isfinite(ours).all():
+        raise ParityError(f"{subject} gives values that are not finite.")
+    return ours, theirs
 
 
 @contextmanager

@@ -59,13 +59,14 @@ class Skeleton:
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Whatever the library, or the folder's own code, raises where a configuration makes no sense to it."""
+        family = self.family.name  # refused where there is none
         try:
             yield
         except EdgepressError:
             raise
         except Exception as error:  # it raises what its parts raise
             why = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-            raise InputError(f"config.json does not describe a {self.family.name} model: {why}.") from error
+            raise InputError(f"config.json does not describe a {family} model: {why}.") from error
 
     def build(self) -> nn.Module:
         """The module with parameters on the meta device and buffers in place, in evaluation mode.
@@ -85,7 +86,6 @@ class Skeleton:
             config_class, made_by = remote.classes(self.code, self.config, self.architecture)
             own: nn.Module = made_by(config_class.from_dict(dict(self.config)))
             return own
-        _ = self.family  # refused where there is none
         config = transformers.AutoConfig.for_model(**self.config)
         if self.labels:
             config.num_labels = len(self.labels)
