@@ -161,6 +161,13 @@ class There:
                 found.append(int(path.parent.name))
         return found
 
+    def ended(self, word: str) -> bool:
+        """Whether none of ``processes`` is left: what was killed takes a moment to go on a busy machine."""
+        end = time.monotonic() + 30
+        while self.processes(word) and time.monotonic() < end:
+            time.sleep(0.1)
+        return not self.processes(word)
+
 
 @pytest.fixture
 def there(sshd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> There:

@@ -53,7 +53,7 @@ def test_artifacts_are_measured_over_there(there: Any, artifacts: list[Artifact]
     assert taken[0].environment["cpu"] == wanted["cpu"]
     assert ep.compare(taken)[1]["speedup"]["value"] > 0
     assert there.left == []
-    assert there.processes("device.py") == []
+    assert there.ended("device.py")
 
 
 def test_scenarios_work_over_there(there: Any, artifacts: list[Artifact]) -> None:
@@ -220,7 +220,7 @@ def test_ctrl_c_leaves_nothing(there: Any, artifacts: list[Artifact]) -> None:
     client.communicate(timeout=60)
     assert client.returncode == 130
     assert there.left == []
-    assert there.processes("runner.py") == []
+    assert there.ended("runner.py")
 
 
 def test_a_client_that_is_killed_takes_its_connection_along(there: Any) -> None:
@@ -255,7 +255,7 @@ def test_a_client_that_is_gone_leaves_nothing(there: Any, monkeypatch: pytest.Mo
         while there.left and time.monotonic() < end:
             time.sleep(0.2)
         assert there.left == []
-        assert there.processes("runner.py") == []
+        assert there.ended("runner.py")
         device.renew()  # one that was only asleep begins anew
         assert len(there.left) == 1
     finally:
