@@ -303,7 +303,7 @@ class _Run:
 
         def fitting(_: Path, progress: Progress) -> dict[str, Any]:
             first, second = load.quick([original.artifact, best.artifact], **self.where, progress=progress)
-            by_ratio = (limits.min_speedup or 0) * second.p50 / first.p50
+            by_ratio = (limits.min_speedup or 0) * compare.share(first, second)
             wanting = max(by_ratio, second.p50 / (limits.max_latency_ms or np.inf))
             return {"speedups": [wanting**0.5, *(wanting * more for more in MARGINS)] if wanting > 1 else []}
 
@@ -322,7 +322,7 @@ class _Run:
         if not limits.asks_for_speed and limits.max_size_bytes is None:
             return True
         first, second = load.quick([original.artifact, last.artifact], **self.where)
-        return not unmet(limits, second.p50, first.p50 / second.p50, last.artifact.size_bytes)
+        return not unmet(limits, second.p50, 1 / compare.share(first, second), last.artifact.size_bytes)
 
     def _quantized(self, name: str, scheme: str, title: str, workload: Workload, base: Variant) -> Variant | None:
         """``base``, which is in float, in a scheme; None where the gate refuses it."""
@@ -479,6 +479,7 @@ class _Run:
             sequence=measure.sequence,
             precision=self.precision,
             progress=progress,
+            say=self.show.say,
         )
         return speed.fit(self.workload, table, self._losses(), speedup=wanted, say=self.show.say, progress=progress)
 

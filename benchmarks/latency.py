@@ -10,18 +10,17 @@ All layers that are alike are cut to the same count at once, the model is measur
 the difference is shared out among them: so fusion and caches are in the figure, and noise is divided by their number.
 What kinds save together is not the sum of what each saves: half of all units gone at once tells by how much, and every
 saving is scaled by that, so that what adds up to a plan of many kinds is true of such a plan.
-Counts in between are interpolated. Where a layer has many units, the counts measured are multiples of a power of two;
-how much dearer others are is learnt at a few counts, by the largest power of two that divides them. What the kernels
-like is thus in the table, and an allocation that minimises keeps to it.
+What the kernels like is in the table, between the counts measured too (:mod:`.savings`), and an allocation that
+minimises keeps to it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from .. import __version__
 from ..compress import quantize as quantizers
@@ -48,14 +46,18 @@ from ..models.zoo.fetch import cache_folder
 from ..plan import PruningPlan, QuantizationPlan, read_json
 from . import environment, load, runner, targets
 from .compare import share
+from .measurement import Measurement
+from .savings import above_fewest, alike, curve, disturbed, grid, half, step
 from .targets import Target
 
 Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]
 
-FORMAT = 2
+FORMAT = 3
 POINTS = 72
 """Counts measured over all groups of alike sites, and at most a third of them for one."""
+AGAIN = 1 / 2
+"""How many lots at most are timed again where something disturbed them, as a share of all."""
 MOST_APART = 1.5
 """How many times larger one of two savings that should be the same can be for the smaller to be believed."""
 FEWEST_AT_ONCE, MOST_AT_ONCE, BYTES_AT_ONCE = 2, 8, 32 << 20
@@ -85,6 +87,8 @@ class LatencyTable:
     """Half of all units gone at once, in ms: what the kinds measured one by one add up to, and what was measured."""
     points: tuple[Mapping[str, Any], ...]
     """What was measured: ``kind``, ``layers``, ``kept`` in each, ``ms`` of the whole model."""
+    disturbed: tuple[int, int]
+    """Of how many lots that were timed the whole model took longer than usual, and of how many altogether."""
     environment: Mapping[str, Any]
 
     def costs(self, structure: Structure) -> Costs:
@@ -128,8 +132,11 @@ class LatencyTable:
                 for layer in entry["layers"]
             }
             together = tuple(map(float, fields["together"])) if fields["together"] else None
-            table = cls(sites=sites, **{**fields, "together": together, "points": tuple(fields["points"])})
-            figures = [table.rest_ms, table.total_ms, *(ms for series in sites.values() for ms in series)]
+            some, lots = map(int, fields["disturbed"])
+            fields |= {"together": together, "points": tuple(fields["points"]), "disturbed": (some, lots)}
+            table = cls(sites=sites, **fields)
+            of_sites = [ms for series in sites.values() for ms in series]
+            figures = [table.rest_ms, table.total_ms, *table.disturbed, *of_sites]
             sound = data["format"] == FORMAT and np.isfinite(figures).all() and min(figures[1:]) >= 0
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"This is not a latency table: {error!r}.") from error
@@ -148,11 +155,13 @@ def measure(
     rounds: int = 30,
     seconds: float = 2.0,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> LatencyTable:
     """The latency table of ``workload``, from the cache where the same was measured on this machine before.
 
     ``precision`` is ``fp32`` or the scheme of a quantizer. Each graph runs ``rounds`` times, or for ``seconds`` if that
-    comes first, but 30 times at least. Raises UsageError where nothing can be removed, and as the export does.
+    comes first, but 30 times at least. ``say`` is told where something disturbed the machine, so that the table is in
+    doubt. Raises UsageError where nothing can be removed, and as the export does.
     """
     if not choices(workload.structure):
         raise UsageError(f"{workload.name} has no units whose latency could be measured: nothing of it can be removed.")
@@ -163,15 +172,29 @@ def measure(
         machine = host.environment(where.threads)
         key = _key(workload, machine, where, (batch, sequence, precision))
         path = cache_folder() / "latency" / f"{key}.json"
-        with suppress(InputError):  # none yet, or one that is damaged: it is measured again
-            table = LatencyTable.from_json(read_json(path))
-            table.costs(workload.structure)
-            return table
-        with tempfile.TemporaryDirectory() as folder:
-            show = progress or _silent
-            bench = _Bench(workload, Path(folder), where, batch, sequence, precision, rounds, seconds, show)
-            table = bench.table(machine)
-    write_text(path, json.dumps(table.to_json()) + "\n")
+        table = _kept(path, workload.structure)
+        if table is None:
+            with tempfile.TemporaryDirectory() as folder:
+                show = progress or _silent
+                bench = _Bench(workload, Path(folder), where, batch, sequence, precision, rounds, seconds, show)
+                table = bench.table(machine)
+            write_text(path, json.dumps(table.to_json()) + "\n")
+    some, lots = table.disturbed
+    if say and some:
+        say(
+            f"something disturbed the machine while {some} of {lots} lots of latencies were measured; "
+            f"without {path} they are measured again"
+        )
+    return table
+
+
+def _kept(path: Path, structure: Structure) -> LatencyTable | None:
+    """The table in the cache; None where there is none yet, or one that is damaged."""
+    try:
+        table = LatencyTable.from_json(read_json(path))
+        table.costs(structure)
+    except InputError:
+        return None
     return table
 
 
@@ -245,7 +268,7 @@ class _Bench:
         points += [_Point(going, 0, self._exporter(going, 0)) for sites in blocks if (going := half(structure, sites))]
         changes = [(group.size, group.count // 2) for group in groups if group.size]
         both = [_Point((), 0, lambda: self._resized(changes))] if len(changes) == len(groups) else []
-        total, taken = self._times(whole, points + both)
+        total, taken, disturbances = self._times(whole, points + both)
         saved: dict[Site, Floats] = {}
         for group in groups:
             at = {
@@ -271,6 +294,7 @@ class _Bench:
                 {"kind": p.sites[0].kind, "layers": [site.layer for site in p.sites], "kept": p.kept, "ms": ms}
                 for p, ms in zip(points, taken, strict=False)
             ),
+            disturbed=disturbances,
             environment=machine,
         )
         if not both:
@@ -346,117 +370,42 @@ class _Bench:
             points.append(_Point(group.sites, 0, self._exporter(group.sites, 0)))
         return points
 
-    def _times(self, whole: Artifact, points: Sequence[_Point]) -> tuple[float, list[float]]:
-        """Latency of the whole model and of each point, in ms: the points' by their ratio to the whole in their lot."""
-        ratios: list[float] = []
-        totals: list[float] = []
+    def _times(self, whole: Artifact, points: Sequence[_Point]) -> tuple[float, list[float], tuple[int, int]]:
+        """Latency in ms of the whole model and of each point, these by their ratio to the whole in their lot, and what
+        ``LatencyTable.disturbed`` tells.
+
+        What slows a machine down for seconds, such as a neighbour of a virtual one, slows small graphs down by another
+        factor than the whole one, so the ratios of such a lot are wrong: it is timed again.
+        """
         at_once = max(FEWEST_AT_ONCE, min(MOST_AT_ONCE, BYTES_AT_ONCE // whole.size_bytes))
-        for start in range(0, len(points), at_once):
-            lot = points[start : start + at_once]
-            self.progress(start, len(points), "counts measured")
-            with tempfile.TemporaryDirectory(dir=self.folder) as place:
-                artifacts = [whole]
-                for number, point in enumerate(lot):
-                    folder = Path(place) / str(number)
-                    folder.mkdir()
-                    onnx.save(point.graph(), folder / whole.manifest.model_file)
-                    artifacts.append(Artifact(folder, whole.manifest))
-                first, *others = load.quick(artifacts, **self._how)
-            totals.append(first.p50)
-            ratios += [share(first, other) for other in others]
-        total = float(np.median(totals))
+        lots = [points[start : start + at_once] for start in range(0, len(points), at_once)]
+        taken = []
+        for number, lot in enumerate(lots):
+            self.progress(number * at_once, len(points), "counts measured")
+            taken.append(self._lot(whole, lot))
+        left = math.ceil(len(lots) * AGAIN)
+        while (slow := disturbed([first.p50 for first, *_ in taken])) and left:
+            self.progress(len(points), len(points), "disturbed ones again")
+            again = self._lot(whole, lots[slow[0]])
+            taken[slow[0]] = min(taken[slow[0]], again, key=lambda lot: lot[0].p50)
+            left -= 1
         self.progress(len(points), len(points), "counts measured")
-        return total, [ratio * total for ratio in ratios]
+        total = float(np.median([first.p50 for first, *_ in taken]))
+        ratios = [share(first, other) for first, *others in taken for other in others]
+        return total, [ratio * total for ratio in ratios], (len(slow), len(lots))
+
+    def _lot(self, whole: Artifact, lot: Sequence[_Point]) -> list[Measurement]:
+        """The whole model and the graphs of ``lot``, timed in turn."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            artifacts = [whole]
+            for number, point in enumerate(lot):
+                folder = Path(place) / str(number)
+                folder.mkdir()
+                onnx.save(point.graph(), folder / whole.manifest.model_file)
+                artifacts.append(Artifact(folder, whole.manifest))
+            return load.quick(artifacts, **self._how)
 
     @property
     def _how(self) -> dict[str, Any]:
         where = {"target": str(self.target), "batch": self.batch, "sequence": self.sequence}
         return {**where, "rounds": self.rounds, "seconds": self.seconds}
-
-
-# ---- from what was measured to a table
-
-
-def alike(structure: Structure) -> tuple[list[tuple[Site, ...]], list[tuple[Site, ...]]]:
-    """Sites of the same kind and the same sizes, which share entries: those of units, and blocks."""
-    groups: dict[tuple[str, int, int, int], list[Site]] = {}
-    for site in choices(structure):
-        groups.setdefault((site.kind, site.count, site.params, site.macs), []).append(site)
-    found = [tuple(group) for group in groups.values()]
-    return [g for g in found if g[0].kind != "block"], [g for g in found if g[0].kind == "block"]
-
-
-def half(structure: Structure, blocks: Sequence[Site]) -> tuple[Site, ...]:
-    """Half of ``blocks``, but never all blocks of a stack."""
-    going: list[Site] = []
-    for stack in structure.stacks:
-        here = [site for site in blocks if site.layer in stack.layers]
-        going += here[: min(-(-len(here) // 2), stack.count - 1)]
-    return tuple(going)
-
-
-def step(count: int, most: int) -> int:
-    """The smallest power of two of which no more than ``most`` multiples fit into ``count``."""
-    width = 1
-    while count / width > most:
-        width *= 2
-    return width
-
-
-def grid(count: int, width: int, *, between: bool) -> list[int]:
-    """The counts to measure below ``count``: multiples of ``width``, and if asked some ``between``.
-
-    These lie each smaller power of two above a multiple, at a third and at two thirds of the count.
-    """
-    found = set(range(width, count, width))
-    for third in (1, 2) if between else ():
-        base = round(third * count / 3 / width) * width
-        found |= {base + 2**power for power in range(width.bit_length() - 1)}
-    return sorted(kept for kept in found if 0 < kept < count)
-
-
-def curve(count: int, saved: Mapping[int, float], least: int, width: int) -> Floats:
-    """What is saved by keeping 0 … ``count`` units, from what was ``saved`` at some counts; [count + 1].
-
-    Through the multiples of ``width``: decreasing in the units kept (isotonic regression takes out the noise) and
-    linear in between. Other counts save less, by what the measured ones of the same largest power of two do on average.
-    """
-    ks = np.arange(count + 1)
-    fineness = np.minimum(ks & -ks, width)
-    on = sorted(k for k in saved if k and k % width == 0)
-    if not on:
-        return np.array([saved.get(0, 0.0), *[0.0] * count])
-    line = np.interp(ks, on, [saved[k] for k in on])
-    less = {width: 0.0}
-    for power in reversed(range(width.bit_length() - 1)):
-        fine = 2**power
-        found = [line[k] - gain for k, gain in saved.items() if k and fineness[k] == fine and on[0] < k < on[-1]]
-        less[fine] = max(less[2 * fine], float(np.mean(found)) if found else 0.0)
-    on.append(count)
-    gains = [saved[k] for k in on[:-1]] + [less[int(fineness[count])]]
-    weights = np.ones(len(on))
-    weights[-1] = 1e3 * len(on)  # nothing is saved at the full count: that is known, not measured
-    smooth: Floats = isotonic_regression(gains, weights=weights, increasing=False).x
-    line = np.interp(ks, on, smooth)
-    whole: Floats = line - np.array([less[int(fine)] if fine else 0.0 for fine in fineness])
-    whole[count] = 0.0
-    if least:
-        whole[:least] = whole[least]
-    else:
-        whole[0] = max(saved.get(0, whole[1:].max()), whole[1:].max())
-    return whole
-
-
-def above_fewest(
-    structure: Structure, saved: Mapping[Site, Floats], blocks: Mapping[Site, float]
-) -> dict[tuple[str, int], tuple[float, ...]]:
-    """Latencies as :class:`LatencyTable` holds them, from what is saved by units, and by whole blocks."""
-    sites: dict[tuple[str, int], tuple[float, ...]] = {}
-    for site in choices(structure):
-        if site.kind == "block":
-            inside = sum(float(gain.max()) for other, gain in saved.items() if other.layer == site.layer)
-            sites[site.kind, site.layer] = (0.0, max(0.0, blocks.get(site, 0.0) - inside))
-        else:
-            gain = saved[site]
-            sites[site.kind, site.layer] = tuple(np.round(gain.max() - gain, 6).tolist())
-    return sites

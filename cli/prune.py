@@ -259,6 +259,7 @@ def _fit(workload: Workload, found: Scores, screen: Screen, wanted: Speed, seed:
         sequence=wanted.sequence or min(128, workload.max_length or 128),
         precision=wanted.precision,
         progress=screen.progress("latency"),
+        say=screen.say,
     )
     told = predict(workload, found.values, seed=seed, progress=screen.progress("losses"))
     step = screen.progress("allocate")

@@ -118,12 +118,14 @@ def read(folder: Path, data: Data, function: str = "", *, trust_remote_code: boo
     dtype = next(module.parameters()).dtype
     example = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example.items()}
     data, example = encode.fitted(data, module, example)
+    with skeleton.told():
+        structure = mapping.structure(module, family, example, before)
     files = model_files(folder, code=skeleton.code is not None)
     _set_generation(module, files)
     return Workload(
         name=meta["name"],
         module=module,
-        structure=mapping.structure(module, family, example, before),
+        structure=structure,
         data=data,
         skeleton=skeleton,
         max_length=meta["max_length"],

@@ -61,7 +61,8 @@ def load(
     if data:
         reader = encode.Reader(folder, skeleton, example, max_length)
         split, example = encode.fitted(encode.load(data, reader, columns=columns, seed=seed), module, example)
-    structure = mapping.structure(module, family, example)
+    with skeleton.told():
+        structure = mapping.structure(module, family, example)
     files = model_files(folder, code=code is not None)
     return Workload(
         name=name,

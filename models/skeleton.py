@@ -50,30 +50,32 @@ class Skeleton:
             module, given = functions.module_and_example(self.architecture)
             return module, families.of_module(module), given
         module = self.build()
-        with self._told():
+        with self.told():
             most = longest(module.config)
             if length > most:
                 raise InputError(f"The sequence length {length} is not one of the {most} positions of config.json.")
             return module, self.family, example(module, self.family.inputs, length)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Whatever the library, or the folder's own code, raises where a configuration makes no sense to it."""
-        family = self.family.name  # refused where there is none
+    def told(self) -> Iterator[None]:
+        """InputError for what the library, or the folder's own code, raises where a configuration makes no sense to it:
+        some of that not before the module runs."""
+        family = "" if self.is_function else self.family.name  # refused where there is none
         try:
             yield
         except EdgepressError:
             raise
         except Exception as error:  # it raises what its parts raise
             why = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-            raise InputError(f"config.json does not describe a {family} model: {why}.") from error
+            what = f"config.json does not describe a {family} model" if family else f"{self.architecture}() fails"
+            raise InputError(f"{what}: {why}.") from error
 
     def build(self) -> nn.Module:
         """The module with parameters on the meta device and buffers in place, in evaluation mode.
 
         One that is made by code of its folder has parameters too: what that code does with them is not known.
         """
-        with self._told():
+        with self.told():
             return self._built().eval()
 
     def _built(self) -> nn.Module:
