@@ -43,14 +43,13 @@ def test_noise_is_smoothed_out() -> None:
     assert np.abs(found[1:] - truth[1:]).mean() < np.abs([saved[k] - truth[k] for k in saved]).mean()
 
 
-def test_noise_is_no_penalty() -> None:
+def test_noise_is_hardly_a_penalty() -> None:
     random = np.random.default_rng(0)
-    left_out = []
+    less = []
     for _ in range(200):
         saved = {kept: 1536 - kept + random.normal(0, 30) for kept in grid(1536, 64, between=True)}
-        found = curve(1536, saved, 0, 64)
-        left_out.append(found[1000] - found[1001] - 1)
-    assert abs(np.mean(left_out)) < 15  # half a deviation; the largest of all that was measured would be more than one
+        less.append(1536 - 1001 - curve(1536, saved, 0, 64)[1001])
+    assert np.mean(less) < 22  # the largest of what each power of two seems to cost, one after the other, gives 29
 
 
 def test_a_full_count_that_is_no_multiple() -> None:
