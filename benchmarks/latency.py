@@ -46,8 +46,9 @@ from ..models.zoo.fetch import cache_folder
 from ..plan import PruningPlan, QuantizationPlan, read_json
 from . import environment, load, runner, targets
 from .compare import share
+from .disturbance import disturbed
 from .measurement import Measurement
-from .savings import above_fewest, alike, curve, disturbed, grid, half, step
+from .savings import above_fewest, alike, curve, grid, half, step
 from .targets import Target
 
 Progress = Callable[[int, int, str], None]
@@ -374,8 +375,7 @@ class _Bench:
         """Latency in ms of the whole model and of each point, these by their ratio to the whole in their lot, and what
         ``LatencyTable.disturbed`` tells.
 
-        What slows a machine down for seconds, such as a neighbour of a virtual one, slows small graphs down by another
-        factor than the whole one, so the ratios of such a lot are wrong: it is timed again.
+        A lot that something disturbed is timed again.
         """
         at_once = max(FEWEST_AT_ONCE, min(MOST_AT_ONCE, BYTES_AT_ONCE // whole.size_bytes))
         lots = [points[start : start + at_once] for start in range(0, len(points), at_once)]

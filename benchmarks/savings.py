@@ -17,15 +17,6 @@ from ..models.structure import Site, Structure
 
 Floats = NDArray[np.float64]
 
-SLOWER = 1.1
-"""By how much more than usual the whole model takes in a lot that something disturbed."""
-
-
-def disturbed(whole_ms: Sequence[float]) -> list[int]:
-    """The places, the slowest first, at which the whole model took ``SLOWER`` times its median or longer."""
-    usual = float(np.median(whole_ms))
-    return [at for at in np.argsort(whole_ms)[::-1].tolist() if whole_ms[at] > SLOWER * usual]
-
 
 def alike(structure: Structure) -> tuple[list[tuple[Site, ...]], list[tuple[Site, ...]]]:
     """Sites of the same kind and the same sizes, which share entries: those of units, and blocks."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..models.workload import Progress, Workload
 from ..plan import PruningPlan, QuantizationPlan
 from . import compare, load, targets
 from .compare import Speedup
+from .disturbance import calmest
 from .latency import LatencyTable
 
 ROUNDS = 6
@@ -108,7 +110,8 @@ def fit(
                 progress(number - 1, ROUNDS, "exporting")
             pruned = _artifact(surgery.prune(workload, plan), table, Path(folder) / f"pruned{number}")
             where: dict[str, Any] = {"target": table.target, "batch": table.batch, "sequence": table.sequence}
-            first, second = load.quick([original, pruned], **where, rounds=300)
+            take = partial(load.quick, [original, pruned], **where, rounds=300)
+            first, second = calmest(take, table.total_ms)
             found = compare.speedup(first, second)
             one = Round(budget, predicted, table.total_ms / predicted, first.p50, second.p50, found)
             rounds.append((one, plan))

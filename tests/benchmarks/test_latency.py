@@ -10,7 +10,7 @@ from typing import Any
 
 import edgepress as ep
 import pytest
-from edgepress.benchmarks import latency, savings, speed
+from edgepress.benchmarks import disturbance, latency, speed
 from edgepress.benchmarks.latency import LatencyTable
 from edgepress.compress.prune import budget
 from edgepress.compress.prune.predicted import Predicted
@@ -103,7 +103,7 @@ def test_a_damaged_cache_is_measured_again(workload: Any, cache: Path, monkeypat
 def test_a_table_in_doubt_says_so(workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path))
     monkeypatch.setattr(latency, "POINTS", 6)
-    monkeypatch.setattr(savings, "SLOWER", 0.5)  # as if all were
+    monkeypatch.setattr(disturbance, "SLOWER", 0.5)  # as if all were
     notes: list[str] = []
     said: list[str] = []
     table = latency.measure(workload, **QUICK, progress=lambda done, total, note: notes.append(note), say=said.append)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from edgepress.benchmarks.savings import curve, disturbed, grid, half, step
+from edgepress.benchmarks.savings import curve, grid, half, step
 from edgepress.models.structure import Site, Stack, Structure
 
 
@@ -69,9 +69,3 @@ def test_half_of_the_blocks_but_never_all_of_a_stack() -> None:
     blocks = tuple(Site("block", layer, 1) for layer in range(6))
     structure = Structure("bart", (Stack("a", 0, 1), Stack("b", 1, 2), Stack("c", 3, 3)), blocks)
     assert [site.layer for site in half(structure, blocks)] == [1, 3, 4]
-
-
-def test_lots_that_something_disturbed() -> None:
-    assert disturbed([10.0, 10.5, 14.0, 9.8, 11.2, 10.9]) == [2]
-    assert disturbed([10.0, 13.0, 9.0, 10.0, 16.0]) == [4, 1]
-    assert disturbed([10.0]) == []
