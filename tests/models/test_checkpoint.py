@@ -128,6 +128,7 @@ NO_MODEL = "config.json does not describe a bert model: "
         (_not_json, "not valid JSON"),
         (_with("config.json", num_attention_heads=7), f"{NO_MODEL}.*not a multiple"),
         (_with("config.json", num_attention_heads=0), f"{NO_MODEL}ZeroDivisionError"),
+        (_with("config.json", chunk_size_feed_forward=5), f"{NO_MODEL}.*multiple of the chunk size"),
         (_with("config.json", num_hidden_layers="two"), f"{NO_MODEL}.*num_hidden_layers"),
         (_with("config.json", hidden_act="nope"), f"{NO_MODEL}KeyError: 'nope'"),
         (_with("config.json", max_position_embeddings=-3), f"{NO_MODEL}.*negative dimension"),
