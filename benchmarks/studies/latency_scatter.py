@@ -73,7 +73,7 @@ def scatter(model: str, *, target: str, precision: str, plans: int, queries: int
     from edgepress.plan import QuantizationPlan
 
     workload = ep.load(model)
-    begin, last = time.perf_counter(), 0.0
+    last = 0.0
 
     def progress(done: int, total: int, note: str) -> None:
         nonlocal last
@@ -82,7 +82,6 @@ def scatter(model: str, *, target: str, precision: str, plans: int, queries: int
             print(f"{precision}: {done} of {total} {note}", file=sys.stderr, flush=True)
 
     table = latency.measure(workload, target=target, precision=precision, progress=progress)
-    seconds = time.perf_counter() - begin
     random = np.random.default_rng(seed)
     points = []
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +119,7 @@ def scatter(model: str, *, target: str, precision: str, plans: int, queries: int
         within = float((errors <= 0.1).mean())
         summary[name] = {"median": float(np.median(errors)), "most": float(errors.max()), "within_10_percent": within}
     return {
-        "model": model, "table_seconds": seconds, "errors": summary, "points": points, "table": table.to_json(),
+        "model": model, "errors": summary, "points": points, "table": table.to_json(),
     }  # fmt: skip
 
 
