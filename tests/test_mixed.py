@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgepress import pipeline
 from edgepress.benchmarks import mixed
 from edgepress.compress import quantize as quantizers
 from edgepress.errors import ParityError, UsageError
@@ -17,6 +16,7 @@ from edgepress.export.artifact import open_artifact
 from edgepress.models.metrics import Quality
 from edgepress.recipe import Recipe
 from edgepress.stages import Silent
+from edgepress.workshop import Workshop
 from safetensors.torch import load_file, save_file
 
 from .test_cli import COLUMNS, refused
@@ -211,7 +211,7 @@ def test_the_seed_reaches_calibration_and_rotation(
         source = (command, model_folder, "--data", few, *COLUMNS)
         ended = here(*source, "--scheme", "int8", "--seed", 7, "-o", tmp_path / "o")
         assert "That is all." in ended.stderr
-    run = pipeline._Run.__new__(pipeline._Run)
+    run = Workshop.__new__(Workshop)
     run.recipe, run.show = Recipe(model=str(model_folder), seed=9), Silent()
     with pytest.raises(UsageError, match="That is all"):
         run._plan(None, "int8")  # type: ignore[arg-type] # nothing looks at it
