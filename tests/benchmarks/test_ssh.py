@@ -401,7 +401,6 @@ def test_what_a_device_is(here: Any, there: Any) -> None:
     assert there.left == []
 
 
-@pytest.mark.slow
 def test_a_latency_table_is_measured_on_the_device(
     there: Any, workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
