@@ -64,7 +64,7 @@ def point(table: Any, structure: Any, plan: Any, original: Any, small: Any) -> d
     }
 
 
-def scatter(model: str, *, target: str, precision: str, plans: int, queries: int, seed: int) -> dict[str, Any]:
+def scatter(model: str, *, target: str, precision: str, plans: int, seconds: float, seed: int) -> dict[str, Any]:
     import edgepress as ep
     from edgepress.benchmarks import latency, load
     from edgepress.benchmarks.disturbance import calmest
@@ -100,8 +100,8 @@ def scatter(model: str, *, target: str, precision: str, plans: int, queries: int
                 target=target,
                 batch=table.batch,
                 sequence=table.sequence,
-                min_queries=queries,
-                min_seconds=60,
+                min_queries=300,
+                min_seconds=seconds,
                 memory=False,
             )
             first, second = calmest(take, table.total_ms)
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--target", default="cpu:2")
     parser.add_argument("--precision", default="fp32,int8-dynamic")
     parser.add_argument("--plans", type=int, default=10)
-    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--seconds", type=float, default=20, help="that a plan and the original are timed for")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
@@ -140,7 +140,7 @@ def main() -> None:
     found = {
         precision: scatter(
             options.model, target=options.target, precision=precision,
-            plans=options.plans, queries=options.queries, seed=options.seed,
+            plans=options.plans, seconds=options.seconds, seed=options.seed,
         )
         for precision in options.precision.split(",")
     }  # fmt: skip
