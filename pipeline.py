@@ -239,7 +239,7 @@ class _Run(Workshop):
             plan = fitted.plan if fitted else by_ratio(self.workload.structure, scores.values, shares)
             pruned = surgery.prune(self.workload, plan)
             if options.reconstruct:
-                pruned = reconstruct(self.workload, pruned, seed=self.recipe.seed, progress=progress)
+                pruned = reconstruct(self.workload, pruned, seed=self.recipe.seed, in_place=True, progress=progress)
             checkpoint.save(pruned, place / "checkpoint")
             return {"speed": fitted.to_json() if fitted else None}
 

@@ -54,7 +54,7 @@ from .targets import Target
 Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]
 
-FORMAT = 4
+FORMAT = 5
 POINTS = 72
 """Counts measured over all groups of alike sites, and at most a third of them for one."""
 AGAIN = 1 / 2
@@ -154,7 +154,7 @@ def measure(
     sequence: int = 128,
     precision: str = "fp32",
     rounds: int = 1000,
-    seconds: float = 0.5,
+    seconds: float = 1.0,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> LatencyTable:
@@ -393,17 +393,13 @@ class _Bench:
         return total, [ratio * total for ratio in ratios], (len(slow), len(lots))
 
     def _lot(self, whole: Artifact, lot: Sequence[_Point]) -> list[Measurement]:
-        """The whole model and the graphs of ``lot``, timed in turn, a slice of runs each.
-
-        Run by run, each would find the caches full of the others, which slows small models down by another factor than
-        large ones; a model that is deployed finds its own weights there.
-        """
+        """The whole model and the graphs of ``lot``, timed in turn."""
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             artifacts = [whole]
             for number, point in enumerate(lot):
                 folder, file = Path(place) / str(number), whole.manifest.model_file
                 artifacts.append(_alone(point.graph(), folder, whole.manifest, file))
-            return load.quick(artifacts, scenario="offline", **self._how)
+            return load.quick(artifacts, **self._how)
 
     @property
     def _how(self) -> dict[str, Any]:

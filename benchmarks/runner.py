@@ -192,9 +192,11 @@ def timed_rounds(
     reopen: Callable[[], float] | None = None,
     cost: float = 0.0,
 ) -> dict[str, Any]:
-    """Each of ``runs`` once a round; no new round begins after ``budget`` seconds, but 30 rounds there are.
+    """Each of ``runs`` timed once a round; no new round begins after ``budget`` seconds, but 30 rounds there are.
 
-    Every round has an order of its own, by chance: what a call finds in the caches is not always of the same one.
+    Where there are several, each runs once before it is timed: what is deployed finds its own weights in the caches,
+    and after another's turn a small model would be slower by more than a large one. Every round has an order of its
+    own, by chance.
 
     Where the memory of a model comes to lie makes it faster or slower, by more than many rounds leave in doubt
     (Mytkowicz et al. 2009, ASPLOS; Kalibera and Jones 2013, ISMM). So that it is part of what is measured, ``reopen``
@@ -216,6 +218,8 @@ def timed_rounds(
     begin = since = told = time.monotonic()
     while rounds < max(min_queries, LEAST):
         for which in chance.permutation(len(samples)):
+            if len(samples) > 1:
+                runs[which]()
             samples[which].append(timed(runs[which]))
         rounds += 1
         now = time.monotonic()

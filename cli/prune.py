@@ -318,7 +318,7 @@ def _recovered(
     from ..compress.prune.reconstruct import reconstruct
     from ..compress.recover import recover as distill
 
-    pruned = reconstruct(workload, pruned, seed=seed, progress=screen.progress("reconstruct"))
+    pruned = reconstruct(workload, pruned, seed=seed, in_place=True, progress=screen.progress("reconstruct"))
     if options is None:
         return pruned
     return distill(pruned, workload, **options, seed=seed, progress=screen.progress("distill")).workload

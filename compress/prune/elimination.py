@@ -79,7 +79,8 @@ class Nested:
 def nested(h: Tensor, weight: Tensor, columns: Tensor) -> Nested:
     """For H [columns, columns] and W [out, columns], both float64, and all ``columns`` in the order they go in."""
     back = columns.flip(0)
-    root = torch.linalg.cholesky(h[back][:, back]).flip(0, 1).T  # a Cholesky factor of the reverse is an upper one
+    # a Cholesky factor of the reverse is an upper one
+    root = torch.linalg.cholesky(h[back[:, None], back]).flip(0, 1).T
     return Nested(columns, root, root @ weight[:, columns].T)
 
 
@@ -101,6 +102,7 @@ def eliminate(h: Tensor, weight: Tensor, units: Tensor, *, prior: Tensor | None 
         there = here[~torch.isin(here, units[gone].flatten())]
         if len(there) * 4 <= len(here) * 3:
             here = there
+            del inverse  # before there is a second one
             inverse, v = _afresh(h, weight, here)
         columns = torch.searchsorted(here, units[alive])
         step = max(1, len(alive) // AT_ONCE)
@@ -111,8 +113,8 @@ def eliminate(h: Tensor, weight: Tensor, units: Tensor, *, prior: Tensor | None 
         # of a step only the end is known, and its units share what it adds
         found[left : len(alive)] = found[len(alive)] + added * torch.arange(step, 0, -1, dtype=torch.float64) / step
         solved = torch.linalg.solve(inverse[going][:, going], inverse[going])
-        v = v - v[:, going] @ solved
-        inverse = inverse.addmm(inverse[:, going], solved, alpha=-1)
+        v.addmm_(v[:, going], solved, alpha=-1)
+        inverse.addmm_(inverse[:, going], solved, alpha=-1)
         order += alive[first].tolist()
         alive = alive[torch.isin(alive, alive[first], invert=True)]
     return Elimination(tuple(order), found)
@@ -122,5 +124,5 @@ def _afresh(h: Tensor, weight: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
     """H[K, K]⁻¹ and the solution for the columns K that are ``here``."""
     if not len(here):
         return h.new_zeros(0, 0), weight.new_zeros(len(weight), 0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[here][:, here]))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[here[:, None], here] if len(here) < len(h) else h))
     return inverse, (weight @ h[:, here]) @ inverse

@@ -39,13 +39,13 @@ from ...models.structure import Cut, Site, Structure
 from ...models.surgery import gated
 from ...models.workload import Progress, Workload
 from ..distance import by_class, distance
-from ..score.ablation import before, recorded, skipped
 from ..score.evidence import BATCH, TOKENS, gather
 from ..score.obs import damped
-from ..score.readers import Moments, first
+from ..score.readers import Moments
 from ..score.weights import places
 from .budget import choices, fewest, orders, sums
 from .elimination import Nested, eliminate, nested
+from .replay import Replay
 
 LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a site's units at which its loss is measured, beside the fewest that it may keep."""
@@ -122,6 +122,10 @@ class _Order:
     units: tuple[int, ...]
     endings: tuple[_Ending, ...]
 
+    @classmethod
+    def of(cls, units: tuple[int, ...], readers: Sequence[_Reader]) -> _Order:
+        return cls(units, tuple(reader.ending(units) for reader in readers))
+
     @property
     def errors(self) -> Floats:
         """The squared error of the readers' outputs by units kept, [units + 1]."""
@@ -186,17 +190,16 @@ def _reader(module: nn.Module, site: Site, cut: Cut, moments: Moments) -> _Reade
 
 def _best(trials: _Trials, site: Site, readers: Sequence[_Reader], scores: Tensor) -> tuple[Floats, tuple[int, ...]]:
     """The losses of a site and its order, by the ``scores`` [units] alone or by elimination with them."""
-    units = [tuple(scores.argsort(stable=True).tolist())]
+    orders = [tuple(scores.argsort(stable=True).tolist())]
     if len(readers) == 1 and len({len(columns) for columns in readers[0].units}) == 1:
         columns = torch.stack(readers[0].units)
-        units.append(eliminate(readers[0].h, readers[0].weight, columns, prior=_prior(scores)).order)
-    orders = [_Order(one, tuple(reader.ending(one) for reader in readers)) for one in units]
+        orders.append(eliminate(readers[0].h, readers[0].weight, columns, prior=_prior(scores)).order)
     if len(orders) == 1:
-        return _curve(trials, site, orders[0], {}), units[0]
+        return _curve(trials, site, _Order.of(orders[0], readers), {}), orders[0]
     kept = max(round(DUEL * site.count), 1)
-    lost = [trials.without(site, order, site.count - kept) for order in orders]
+    lost = [trials.without(site, _Order.of(one, readers), site.count - kept) for one in orders]
     best = orders[lost.index(min(lost))]
-    return _curve(trials, site, best, {kept: min(lost)}), best.units
+    return _curve(trials, site, _Order.of(best, readers), {kept: min(lost)}), best
 
 
 def _prior(scores: Tensor) -> Tensor:
@@ -227,20 +230,13 @@ def _curve(trials: _Trials, site: Site, order: _Order, already: Mapping[int, flo
 
 
 class _Trials:
-    """Trial batches with the original's answers and, where they take no more room than the parameters, what each of its
-    blocks gives."""
+    """Trial batches with the original's answers; blocks before the one that is tried are replayed."""
 
     def __init__(self, workload: Workload, batches: Sequence[Batch]) -> None:
-        self.workload, self.batches = workload, batches
+        self.workload, self.replay = workload, Replay(workload, batches)
         self.by_class = by_class(workload)
-        self.wanted: list[Tensor] = []
-        self.outputs: list[dict[str, Any]] = []
-        used = 0
-        for batch in batches:
-            with torch.no_grad(), recorded(workload.module, workload.structure) as outputs:
-                self.wanted.append(workload.forward(batch.inputs))
-            used += sum(first(output).numel() for output in outputs.values())
-            self.outputs.append(outputs if used <= workload.params else {})
+        with torch.no_grad():
+            self.wanted = [workload.forward(batch.inputs) for batch in batches]
 
     def without(self, site: Site, order: _Order, gone: int) -> float:
         """The distance of the answers without the first ``gone`` units of an order, made up for by their readers."""
@@ -254,12 +250,12 @@ class _Trials:
         mask = torch.ones(structure.num_units).to(next(module.parameters()))
         mask[[place.start + unit for unit in gone]] = 0.0
         total, count = 0.0, 0
-        for batch, wanted, outputs in zip(self.batches, self.wanted, self.outputs, strict=True):
-            early = skipped(module, before(structure, mask, outputs))
-            with torch.no_grad(), _holding(changed), gated(module, structure, mask), early:
-                found = self.workload.forward(batch.inputs)
-            total += float(distance(wanted, found, batch, by_class=self.by_class).sum())
-            count += len(batch.rows)
+        with torch.no_grad(), _holding(changed), gated(module, structure, mask):
+            for number, (batch, wanted) in enumerate(zip(self.replay.batches, self.wanted, strict=True)):
+                forward = self.workload.forward
+                found = self.replay.through(site.block, number, forward) if site.block else forward(batch.inputs)
+                total += float(distance(wanted, found, batch, by_class=self.by_class).sum())
+                count += len(batch.rows)
         return total / max(count, 1)
 
 

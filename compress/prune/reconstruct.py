@@ -48,15 +48,17 @@ def reconstruct(
     rows: int = 128,
     ridge: float = 1e-2,
     seed: int = 0,
+    in_place: bool = False,
     progress: Progress | None = None,
 ) -> Workload:
     """A copy of ``pruned`` with every consumer re-solved on ``rows`` calibration rows of ``original``.
 
-    ``pruned`` must descend from ``original``'s module. ``ridge`` is λ in units of the Gram matrix's mean diagonal.
+    ``pruned`` must descend from ``original``'s module, and not be it. ``ridge`` is λ in units of the Gram matrix's mean
+    diagonal. With ``in_place`` the layers of ``pruned`` itself are solved, and there is no copy.
     """
     if bool(token_merging.merged(original.module)) != bool(token_merging.merged(pruned.module)):
         raise UsageError(f"{pruned.name} merges tokens and its original does not: reconstruct first, merge then.")
-    result = copy_of(pruned, PruningPlan())
+    result = pruned if in_place else copy_of(pruned, PruningPlan())
     sample = original.data.calibration.take(rows, seed)
     gone = _blocks_gone_since(original, pruned)
     layers = [layer for layer in range(original.structure.num_layers) if layer not in gone]
@@ -98,8 +100,9 @@ def _solve(then: tuple[Replay, Site], now: tuple[Replay, Site], ridge: float, st
         gram += features.T @ features
         cross += target[real].double().T @ features
     weight = ridge * gram.diagonal().mean()
-    eye = torch.eye(len(gram)).to(gram)
-    solved = torch.linalg.solve(gram + weight * eye, (cross + weight * held).T).T
+    damped = gram.clone()
+    damped.diagonal().add_(weight)
+    solved = torch.linalg.solve(damped, (cross + weight * held).T).T
     if factored:  # of that rank, what comes nearest to the solution (reduced-rank regression)
         _fit(consumer, solved, gram, weights.shape[1])
         return

@@ -34,7 +34,7 @@ class Replay:
 
     def __init__(self, workload: Workload, batches: Sequence[Batch]) -> None:
         self.workload, self.batches = workload, batches
-        self.possible = _is_possible(workload)
+        self.blocks = _replayable(workload)
         self.done: list[dict[str, Any]] = [{} for _ in batches]
         """Of each batch what every finished block is to return, by path."""
 
@@ -44,22 +44,28 @@ class Replay:
         return self.through(site.block, number, lambda inputs: _seen(self.workload, site, inputs))
 
     def through(self, block: str, number: int, look: Callable[[Mapping[str, Tensor]], Found]) -> Found:
-        """What ``look`` returns, which runs the model on the inputs of batch ``number`` to the end of ``block``."""
+        """What ``look`` returns, which runs the model on the inputs of batch ``number`` into ``block`` or further.
+
+        What it changes for its run, a mask or a weight, must be in that block.
+        """
         module, structure = self.workload.module, self.workload.structure
+        known = not block or block in self.blocks
         early, self.done[number] = self.done[number], {}
-        if block in early:  # the order of the visits is not that in which the blocks run
+        if block in early or not known:  # the visits are not in the order in which the blocks run, or from the start
             early = {}
         with torch.no_grad(), skipped(module, early), recorded(module, structure) as made:
             found = look(self.batches[number].inputs)
-        made.pop(block, None)
-        done = _furthest(structure, made)
-        if self.possible and sum(map(_size, [*self.done, done])) <= self.workload.params:
+        paths = [path for path in made if known and path in self.blocks]
+        before = paths[: paths.index(block)] if block in paths else paths  # a look may end within the block
+        done = _furthest(structure, {path: made[path] for path in before})
+        if sum(map(_size, [*self.done, done])) <= self.workload.params:
             self.done[number] = done
         return found
 
 
-def _is_possible(workload: Workload) -> bool:
-    """Whether the answer to the example stays the same whichever blocks return what they did before."""
+def _replayable(workload: Workload) -> frozenset[str]:
+    """The blocks that may return what they did before, whichever they are, without the answer to the example changing:
+    all that are :func:`.recorded`, or none."""
     module, structure = workload.module, workload.structure
     with torch.no_grad(), recorded(module, structure) as made:
         wanted = workload.forward(workload.example)
@@ -68,8 +74,8 @@ def _is_possible(workload: Workload) -> bool:
         early = _furthest(structure, {path: made[path] for path in order[:last]})
         with torch.no_grad(), skipped(module, early):
             if not torch.equal(workload.forward(workload.example), wanted):
-                return False
-    return True
+                return frozenset()
+    return frozenset(order)
 
 
 def _furthest(structure: Structure, made: Mapping[str, Any]) -> dict[str, Any]:

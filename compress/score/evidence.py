@@ -4,7 +4,7 @@ Each row has gates of its own, all at one, so that one backward pass gives the g
 unit's gate; no gradient of a weight is computed. Hooks on the layers that read units see what these are given. What is
 kept are running means, whose size depends on the model and not on the number of rows.
 
-Gram matrices are the one large part. They may take as much room as the parameters; where they need more, they are
+Gram matrices are the one large part. They may take half the room of the parameters; where they need more, they are
 gathered a group at a time in forward passes of their own (:meth:`Evidence.grams`).
 """
 
@@ -130,8 +130,9 @@ def complaint(workload: Workload, batch: Batch, *, seed: int) -> InputError:
 
 
 def gram_groups(workload: Workload) -> list[frozenset[str]]:
-    """The readers, in groups whose Gram matrices take no more room than the parameters; at least one in each."""
-    room = workload.params
+    """The readers, in groups whose Gram matrices take no more than half the room of the parameters; at least one in
+    each."""
+    room = workload.params // 2
     groups: list[set[str]] = [set()]
     used = 0
     for name in readers(workload.structure):

@@ -49,11 +49,11 @@ class Moments:
             self.gram.addmm_(x.T, x, beta=1 - share, alpha=1 / self.count)
 
     def covariance(self, *, centred: bool) -> Tensor:
-        """The mean of x xᵀ in float64, about the mean where ``centred``: that part of an error which a bias cannot make
-        up for."""
+        """A new matrix, the mean of x xᵀ in float64, about the mean where ``centred``: that part of an error which a
+        bias cannot make up for."""
         assert self.gram is not None
-        gram, mean = self.gram.double(), self.mean.double()
-        return gram - torch.outer(mean, mean) if centred else gram
+        gram, mean = self.gram.to(torch.float64, copy=True), self.mean.double()
+        return gram.addr_(mean, mean, alpha=-1) if centred else gram
 
 
 @dataclass

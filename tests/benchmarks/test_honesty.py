@@ -199,13 +199,29 @@ def test_the_loop_itself_favours_none(clock: Clock) -> None:
     random = np.random.default_rng(2)
     same, apart = 0, 0
     for _ in range(100):
-        first, second = machine("throttling, with spikes", 300, random)
+        first, second = machine("throttling, with spikes", 600, random)  # every other run is timed
         runs = [synthetic(clock, times) for times in (first, second, second / 1.05)]
         a, b, c = (made_up(np.array(taken) / 1e6) for taken in runner.timed_rounds(runs, 300, 1e6)["samples_ns"])
         same += compare.speedup(a, b).verdict == "no difference"
         apart += compare.speedup(b, c).verdict == "faster"
     assert same >= 95
     assert apart == 100
+
+
+def test_a_run_finds_its_own_weights_in_the_caches(clock: Clock) -> None:
+    """One that takes five times as long after another's turn is as fast beside others as it is by itself."""
+    last: list[int] = []
+
+    def model(which: int) -> Callable[[], None]:
+        def run() -> None:
+            clock.pass_by(1e6 if last == [which] else 5e6)
+            last[:] = [which]
+
+        return run
+
+    (alone,) = runner.timed_rounds([model(0)], 100, 1e6)["samples_ns"]
+    beside, _, _ = runner.timed_rounds([model(0), model(1), model(2)], 100, 1e6)["samples_ns"]
+    assert np.median(alone) == np.median(beside) == 1e6 + TICK
 
 
 @pytest.mark.parametrize("confidence", [0.95, 0.99, 0.995])
@@ -222,7 +238,7 @@ def test_ending_early_leaves_the_interval_honest(kind: str, clock: Clock) -> Non
     random = np.random.default_rng(3)
     right, ended = 0, 0
     for _ in range(100):
-        first, second = machine(kind, 1000, random)
+        first, second = machine(kind, 2000, random)  # every other run is timed
         runs = [synthetic(clock, first), synthetic(clock, second)]
         found = runner.timed_rounds(runs, 1000, 1e6, width=0.03)
         a, b = (made_up(np.array(taken) / 1e6) for taken in found["samples_ns"])
