@@ -9,7 +9,8 @@ Source  ZipLM, Kurtic et al. 2023 (arXiv 2302.04089, section 3.2)
 All layers that are alike are cut to the same count at once, the model is measured interleaved with the whole one, and
 the difference is shared out among them: so fusion and caches are in the figure, and noise is divided by their number.
 What kinds save together is not the sum of what each saves: half of all units gone at once tells by how much, and every
-saving is scaled by that, so that what adds up to a plan of many kinds is true of such a plan.
+saving is scaled by that, so that what adds up to a plan of many kinds is true of such a plan. A much smaller model may
+fit in the caches where half of the whole did not: seven eighths gone at once tell what becomes of the sum down there.
 What the kernels like is in the table, between the counts measured too (:mod:`.savings`), and an allocation that
 minimises keeps to it.
 """
@@ -22,6 +23,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ from .targets import Target
 Progress = Callable[[int, int, str], None]
 Floats = NDArray[np.float64]
 
-FORMAT = 5
+FORMAT = 6
 POINTS = 72
 """Counts measured over all groups of alike sites, and at most a third of them for one."""
 AGAIN = 1 / 2
@@ -86,6 +88,9 @@ class LatencyTable:
     """The graph form of the ONNX backend that is fastest here."""
     together: tuple[float, float] | None
     """Half of all units gone at once, in ms: what the kinds measured one by one add up to, and what was measured."""
+    bends: tuple[tuple[float, float], ...]
+    """Sums of costs in ms and the latencies that they stand for, rising: between them it is a straight line, and above
+    the last the sum itself."""
     points: tuple[Mapping[str, Any], ...]
     """What was measured: ``kind``, ``layers``, ``kept`` in each, ``ms`` of the whole model."""
     disturbed: tuple[int, int]
@@ -101,18 +106,31 @@ class LatencyTable:
 
     def predict(self, structure: Structure, plan: PruningPlan) -> float:
         """Latency in ms of the model that ``plan`` leaves."""
-        return self.costs(structure).total(structure, plan)
+        return self.expected(self.costs(structure).total(structure, plan))
+
+    def expected(self, summed_ms: float) -> float:
+        """The latency in ms of a model whose costs add up to ``summed_ms``."""
+        sums, latencies = np.array(self.bends or [(0.0, 0.0)]).T
+        return float(summed_ms + np.interp(summed_ms, sums, latencies - sums))
+
+    def summed(self, latency_ms: float) -> float:
+        """What the costs of a model of ``latency_ms`` add up to: the inverse of :meth:`expected`."""
+        sums, latencies = np.array(self.bends or [(0.0, 0.0)]).T
+        return float(latency_ms + np.interp(latency_ms, latencies, sums - latencies))
 
     def adding_up(self, predicted_ms: float, measured_ms: float) -> LatencyTable:
-        """With every saving scaled as the saving of a plan of all kinds, predicted and measured, says.
-
-        Left as it is where the two savings are not of one size: a model so small that noise is all that was measured.
-        """
-        ratio = (self.total_ms - measured_ms) / max(self.total_ms - predicted_ms, 1e-9)
-        ratio = ratio if 1 / MOST_APART < ratio < MOST_APART else 1.0
+        """With every saving scaled as the saving of a plan of all kinds, predicted and measured, says."""
+        ratio = _of_one_size(self.total_ms - measured_ms, self.total_ms - predicted_ms)
         sites = {key: tuple(np.round(np.multiply(series, ratio), 6).tolist()) for key, series in self.sites.items()}
         rest = self.total_ms - sum(series[-1] for series in sites.values())
-        return replace(self, sites=sites, rest_ms=rest, together=(predicted_ms, measured_ms))
+        return replace(self, sites=sites, rest_ms=rest, together=(predicted_ms, measured_ms), bends=())
+
+    def bent(self, half_ms: float, few_ms: float, measured_ms: float) -> LatencyTable:
+        """With sums below ``half_ms`` standing for what a plan that comes to ``few_ms`` was measured to take."""
+        ratio = _of_one_size(half_ms - measured_ms, half_ms - few_ms)
+        latency = half_ms - ratio * (half_ms - few_ms)
+        rising = 0 < few_ms < half_ms and latency > 0
+        return replace(self, bends=((0.0, 0.0), (few_ms, latency), (half_ms, half_ms)) if rising else ())
 
     def to_json(self) -> dict[str, Any]:
         same: dict[tuple[str, tuple[float, ...]], list[int]] = {}
@@ -134,11 +152,18 @@ class LatencyTable:
             }
             together = tuple(map(float, fields["together"])) if fields["together"] else None
             some, lots = map(int, fields["disturbed"])
-            fields |= {"together": together, "points": tuple(fields["points"]), "disturbed": (some, lots)}
+            bends = tuple((float(summed), float(latency)) for summed, latency in fields["bends"])
+            fields |= {
+                "together": together,
+                "points": tuple(fields["points"]),
+                "disturbed": (some, lots),
+                "bends": bends,
+            }
             table = cls(sites=sites, **fields)
             of_sites = [ms for series in sites.values() for ms in series]
-            figures = [table.rest_ms, table.total_ms, *table.disturbed, *of_sites]
-            sound = data["format"] == FORMAT and np.isfinite(figures).all() and min(figures[1:]) >= 0
+            figures = [table.rest_ms, table.total_ms, *table.disturbed, *of_sites, *np.ravel(bends)]
+            rising = bool((np.diff(np.array(bends), axis=0) > 0).all()) if bends else True
+            sound = data["format"] == FORMAT and np.isfinite(figures).all() and min(figures[1:]) >= 0 and rising
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"This is not a latency table: {error!r}.") from error
         if not sound:
@@ -187,6 +212,13 @@ def measure(
             f"without {path} they are measured again"
         )
     return table
+
+
+def _of_one_size(measured_ms: float, predicted_ms: float) -> float:
+    """How many times the saving predicted the one measured is; 1 where the two are not of one size: a model so small
+    that noise is all that was measured."""
+    ratio = measured_ms / max(predicted_ms, 1e-9)
+    return ratio if 1 / MOST_APART < ratio < MOST_APART else 1.0
 
 
 def _kept(path: Path, structure: Structure) -> LatencyTable | None:
@@ -267,9 +299,9 @@ class _Bench:
         groups = [self._group(sites, max(6, min(POINTS // 3, POINTS // len(units)))) for sites in units]
         points = [point for group in groups for point in self._points(group)]
         points += [_Point(going, 0, self._exporter(going, 0)) for sites in blocks if (going := half(structure, sites))]
-        changes = [(group.size, group.count // 2) for group in groups if group.size]
-        both = [_Point((), 0, lambda: self._resized(changes))] if len(changes) == len(groups) else []
-        total, taken, disturbances = self._times(whole, points + both)
+        shares = (2, 8) if all(group.size for group in groups) else ()
+        together = [_Point((), 0, partial(self._resized, _shrunk(groups, share))) for share in shares]
+        total, taken, disturbances = self._times(whole, points + together)
         saved: dict[Site, Floats] = {}
         for group in groups:
             at = {
@@ -291,6 +323,7 @@ class _Bench:
             sequence=self.sequence,
             form=form,
             together=None,
+            bends=(),
             points=tuple(
                 {"kind": p.sites[0].kind, "layers": [site.layer for site in p.sites], "kept": p.kept, "ms": ms}
                 for p, ms in zip(points, taken, strict=False)
@@ -298,10 +331,11 @@ class _Bench:
             disturbed=disturbances,
             environment=machine,
         )
-        if not both:
+        if not together:
             return table
-        halved = PruningPlan.of(u for group in groups for site in group.sites for u in site.units[site.count // 2 :])
-        return table.adding_up(table.predict(structure, halved), taken[-1])
+        some, few = (_plan(groups, share) for share in shares)
+        table = table.adding_up(table.predict(structure, some), taken[-2])
+        return table.bent(table.predict(structure, some), table.predict(structure, few), taken[-1])
 
     def _whole(self) -> tuple[Artifact, str]:
         """The artifact of the whole model, proven, in the graph form that is fastest."""
@@ -405,6 +439,21 @@ class _Bench:
     def _how(self) -> dict[str, Any]:
         where = {"target": str(self.target), "batch": self.batch, "sequence": self.sequence}
         return {**where, "rounds": self.rounds, "seconds": self.seconds}
+
+
+def _left(group: _Group, share: int) -> int:
+    """How many units are left where one in ``share`` is."""
+    return max(group.count // share, 1)
+
+
+def _shrunk(groups: Sequence[_Group], share: int) -> list[tuple[Resize, int]]:
+    """How the graph changes where one in ``share`` of all units is left."""
+    return [(group.size, _left(group, share)) for group in groups if group.size]
+
+
+def _plan(groups: Sequence[_Group], share: int) -> PruningPlan:
+    """What goes where one in ``share`` of all units is left."""
+    return PruningPlan.of(unit for g in groups for site in g.sites for unit in site.units[_left(g, share) :])
 
 
 def _alone(graph: onnx.ModelProto, folder: Path, manifest: Manifest, file: str) -> Artifact:

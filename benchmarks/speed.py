@@ -91,7 +91,7 @@ def fit(
     """
     structure = workload.structure
     costs = table.costs(structure)
-    least = reachable(structure, told.losses, costs)
+    least = table.expected(reachable(structure, told.losses, costs))
     aim = speedup * SPARE**0.5  # the middle of what is good enough
     budget, shorter = table.total_ms / aim, SHORTER
     rounds: list[tuple[Round, PruningPlan]] = []
@@ -99,13 +99,13 @@ def fit(
         original = _artifact(workload, table, Path(folder) / "original")
         for number in range(1, ROUNDS + 1):
             budget = max(budget, least)
-            plan = by_latency(structure, told.losses, costs, budget, order=told.orders)
+            plan = by_latency(structure, told.losses, costs, table.summed(budget), order=told.orders)
             if plan in [earlier for _, earlier in rounds]:
                 if rounds[-1][0].speedup.value >= speedup or budget == least:
                     break
                 budget, shorter = budget * (1 - shorter), 2 * shorter
                 continue
-            predicted = costs.total(structure, plan)
+            predicted = table.predict(structure, plan)
             if progress:
                 progress(number - 1, ROUNDS, "exporting")
             pruned = _artifact(surgery.prune(workload, plan), table, Path(folder) / f"pruned{number}")

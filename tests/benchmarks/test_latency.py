@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import edgepress as ep
+import numpy as np
 import pytest
 from edgepress.benchmarks import disturbance, latency, speed
 from edgepress.benchmarks.latency import LatencyTable
@@ -66,6 +68,26 @@ def test_savings_add_up_to_that_of_all_kinds_at_once(workload: Any, table: Laten
     assert all(min(series) >= 0 for series in scaled.sites.values())
     for measured in (table.total_ms + 1.0, table.total_ms - 2 * saved):
         assert table.adding_up(predicted, measured).sites == table.sites, "noise is not believed"
+
+
+def test_small_models_are_what_one_was_measured_to_be(workload: Any, table: LatencyTable) -> None:
+    structure = workload.structure
+    sites = [site for site in budget.choices(structure) if site.kind != "block"]
+    few = PruningPlan.of(unit for site in sites for unit in site.units[max(site.count // 8, 1) :])
+    straight = replace(table, bends=())
+    total = straight.predict(structure, few)
+    half = (table.total_ms + total) / 2
+    bent = straight.bent(half, total, half - 1.2 * (half - total))
+    assert bent.predict(structure, few) == pytest.approx(half - 1.2 * (half - total))
+    assert bent.predict(structure, PruningPlan()) == pytest.approx(table.total_ms)
+    sums = np.linspace(0, table.total_ms, 50)
+    found = [bent.expected(summed) for summed in sums]
+    assert (np.diff(found) > 0).all()
+    assert [bent.summed(latency) for latency in found] == pytest.approx(sums.tolist())
+    assert LatencyTable.from_json(json.loads(json.dumps(bent.to_json()))).bends == bent.bends
+    for noise in (half, half - 2 * (half - total)):
+        assert straight.bent(half, total, noise).expected(total) == pytest.approx(total), "noise is not believed"
+    assert straight.bent(total, total, total).bends == ()
 
 
 def test_a_table_is_json(table: LatencyTable, workload: Any) -> None:
@@ -154,7 +176,7 @@ def test_pruning_to_a_speed_measures_what_it_promises(workload: Any, table: Late
     fitted = speed.fit(workload, table, told, speedup=1.3, say=said.append)
     assert 1 <= len(fitted.rounds) == len(said) <= speed.ROUNDS
     assert fitted.best in fitted.rounds
-    least = budget.reachable(workload.structure, told.losses, table.costs(workload.structure))
+    least = table.expected(budget.reachable(workload.structure, told.losses, table.costs(workload.structure)))
     assert fitted.rounds[0].budget_ms == pytest.approx(max(table.total_ms / aim, least))
     for one, then in itertools.pairwise(fitted.rounds):
         corrected = max(one.budget_ms * one.speedup.value / aim, least)
@@ -173,6 +195,7 @@ def test_pruning_to_a_speed_measures_what_it_promises(workload: Any, table: Late
 def test_a_speed_out_of_reach_gives_the_fastest(workload: Any, table: LatencyTable, told: Predicted) -> None:
     fitted = speed.fit(workload, table, told, speedup=1000.0)
     costs = table.costs(workload.structure)
-    assert fitted.best.predicted_ms == pytest.approx(budget.reachable(workload.structure, told.losses, costs))
+    least = table.expected(budget.reachable(workload.structure, told.losses, costs))
+    assert fitted.best.predicted_ms == pytest.approx(least)
     with pytest.raises(ConstraintError, match=r"cannot be pruned to 1000x; the fastest found has \d"):
         fitted.check()
