@@ -25,7 +25,7 @@ from ..plan import PruningPlan, QuantizationPlan
 from . import compare, load, targets
 from .compare import Speedup
 from .disturbance import calmest
-from .latency import LatencyTable
+from .latency_table import LatencyTable
 
 ROUNDS = 6
 SPARE = 1.03

@@ -13,7 +13,7 @@ import edgepress as ep
 import numpy as np
 import pytest
 from edgepress.benchmarks import disturbance, latency, speed
-from edgepress.benchmarks.latency import LatencyTable
+from edgepress.benchmarks.latency_table import LatencyTable
 from edgepress.compress.prune import budget
 from edgepress.compress.prune.predicted import Predicted
 from edgepress.errors import ConstraintError, InputError, UsageError

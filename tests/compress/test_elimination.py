@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from edgepress.compress.distance import distance as distance_of
-from edgepress.compress.prune import predicted
+from edgepress.compress.prune import predicted, replay
 from edgepress.compress.prune.allocate import by_ratio
 from edgepress.compress.prune.budget import choices, fewest
 from edgepress.compress.prune.elimination import AT_ONCE, eliminate, nested
@@ -148,6 +148,20 @@ def test_predicted_losses_are_those_of_the_cut_and_solved_model(name: str, with_
         assert losses[kept] >= float(distance.mean()) - 1e-9  # never less than measured, as more units go
         if site.kind == "block":
             assert losses[0] == pytest.approx(float(distance.mean()))
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "t5", "albert", "cnn"])
+def test_predicted_losses_are_those_from_the_start(
+    name: str, with_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that are replayed change nothing: neither a mask nor a weight of one trial is in the states of the next."""
+    small = with_rows(name)
+    scores = ep.score(small, "fisher").values
+    found = predicted.predict(small, scores, rows=10, trial_rows=10)
+    monkeypatch.setattr(replay, "_replayable", lambda _: frozenset())
+    plain = predicted.predict(small, scores, rows=10, trial_rows=10)
+    assert found.orders == plain.orders
+    assert all(np.array_equal(losses, plain.losses[site]) for site, losses in found.losses.items())
 
 
 def test_the_losses_of_a_site_with_one_unit(with_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

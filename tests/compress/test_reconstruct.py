@@ -73,6 +73,17 @@ def test_solutions_are_those_from_the_start_and_mend_what_was_cut(
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in solved.module.state_dict().items())
 
 
+def test_in_place_is_the_same_without_a_copy(with_rows: Callable[[str], Any]) -> None:
+    workload = with_rows("bert")
+    pruned = _cut(workload)
+    wanted = reconstruct(workload, pruned).module.state_dict()
+    before = {name: tensor.clone() for name, tensor in workload.module.state_dict().items()}
+    solved = reconstruct(workload, pruned, in_place=True)
+    assert solved.module is pruned.module
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in solved.module.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in workload.module.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["albert", "albert, two groups"])
 def test_shared_blocks_are_solved_for_all_of_their_runs(
     name: str, with_rows: Callable[[str], Any], output_error: Any
