@@ -144,7 +144,11 @@ def test_a_table_in_doubt_says_so(workload: Any, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": 0}, {"sites": 3}, {"rest_ms": float("nan")}, {"points": None}, {"disturbed": 3}]
+    "change",
+    [
+        *({"format": 0}, {"sites": 3}, {"rest_ms": float("nan")}, {"points": None}, {"disturbed": 3}),
+        *({"bends": 3}, {"bends": [[0, 0], [2, 1], [1, 2]]}, {"bends": [[0, 0], [1, float("inf")]]}),
+    ],
 )
 def test_documents_that_are_no_tables(table: LatencyTable, change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="not a latency table"):

@@ -154,7 +154,7 @@ def test_predicted_losses_are_those_of_the_cut_and_solved_model(name: str, with_
 def test_predicted_losses_are_those_from_the_start(
     name: str, with_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks that are replayed change nothing: neither a mask nor a weight of one trial is in the states of the next."""
+    """Replaying blocks changes nothing: neither a mask nor a weight of one trial is in the states of the next."""
     small = with_rows(name)
     scores = ep.score(small, "fisher").values
     found = predicted.predict(small, scores, rows=10, trial_rows=10)
