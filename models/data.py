@@ -63,7 +63,7 @@ class Lazy(Sequence[Array]):
         return self.make(self.items[position])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rows:
     """One split."""
 
@@ -80,6 +80,9 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __repr__(self) -> str:
+        return f"Rows({len(self)} of {', '.join(self.inputs) or 'nothing'})"
 
     @cached_property
     def lengths(self) -> Ints:

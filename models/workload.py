@@ -83,7 +83,7 @@ class Workload:
     example: Mapping[str, Tensor]
     """One row of inputs, of the lengths that costs are counted for."""
     plan: PruningPlan = field(default_factory=PruningPlan)
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The model's answer: logits [batch, labels] of a classifier or [batch, sequence, vocabulary] of a language

@@ -122,7 +122,7 @@ def _ours(  # noqa: PLR0917
         plan = budget.by_latency(structure, losses, costs, limit, order=order)
     pruned = surgery.prune(workload, plan)
     rows = len(workload.data.calibration)
-    return Candidate(pruned, lambda: reconstruct(workload, pruned, rows=rows) if structure.stacks else pruned)
+    return Candidate(pruned, lambda: reconstruct(workload, pruned, rows=rows))
 
 
 DEPGRAPH = "Torch-Pruning 1.6.1 (arXiv 2301.12900)"

@@ -1,7 +1,9 @@
 """Reconstruction: what is left of each layer is solved anew so that the model computes what it did before.
 
 What    Layer after layer, the weights of each consumer of pruned units (attention output, second feed-forward layer)
-        are replaced by the ridge-regression solution that brings the residual stream back to the original's.
+        are replaced by the ridge-regression solution that brings the residual stream back to the original's. Without
+        blocks each layer brings back its own outputs (:mod:`.layerwise`). Last comes the layer that makes the answer
+        (:mod:`.output_layer`).
 When    Always after pruning: it needs no labels and no training, and it gives distillation a far better start.
 Cost    Each block of both models is run over the rows a few times; memory is one Gram matrix [features, features] in
         float64, and the states of the rows after one block (:mod:`.replay`).
@@ -10,20 +12,19 @@ Source  Least-squares mask tuning of Kwon et al. 2022 (arXiv 2204.09656, section
 
 Derivation. A consumer adds c (W x + b) to the stream s, where c is one, or the branch's learned scale. In the original
 the sum is t = s_o + c (W_o x_o + b_o). In the pruned model the stream is s_p, different already, and x_p has fewer
-features. The sum over tokens of |W x_p + b - (t - s_p) / c|^2 + λ |W - W_p|^2 is least, with Y = (t - s_p) / c,
-z = [x_p; 1] and V = [W b], where V = (Y zᵀ + λ V_p) (z zᵀ + λ I)⁻¹: λ pulls towards the weights as they are, so few
-rows cannot ruin a layer. A consumer without a bias gets none: z = x_p. A block that runs several times is solved for
-all of its runs at once, each with the stream as it is before. Models that merge tokens are solved with every token in
-its place: they would not merge the same ones, and t and s_p not be of one token.
+features. The sum is brought back where W x_p + b is (t - s_p) / c, which :mod:`.ridge` solves for. A block that runs
+several times is solved for all of its runs at once, each with the stream as it is before. Models that merge tokens are
+solved with every token in its place: they would not merge the same ones, and t and s_p not be of one token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import UsageError
 from ...models import hidden, low_rank, padding, token_merging
@@ -35,8 +36,10 @@ from ...models.workload import Progress, Workload
 from ...plan import PruningPlan
 from ..score.evidence import TOKENS
 from ..score.readers import Moments
+from . import layerwise, output_layer
 from .low_rank import fit
-from .replay import Replay
+from .replay import Replay, consumed
+from .ridge import Ridge
 
 BATCH = 32
 
@@ -45,13 +48,14 @@ def reconstruct(
     original: Workload,
     pruned: Workload,
     *,
-    rows: int = 128,
+    rows: int = 512,
     ridge: float = 1e-2,
     seed: int = 0,
     in_place: bool = False,
     progress: Progress | None = None,
 ) -> Workload:
-    """A copy of ``pruned`` with every consumer re-solved on ``rows`` calibration rows of ``original``.
+    """A copy of ``pruned`` with every consumer and the output layer re-solved on ``rows`` calibration rows of
+    ``original``.
 
     ``pruned`` must descend from ``original``'s module, and not be it. ``ridge`` is λ in units of the Gram matrix's mean
     diagonal. With ``in_place`` the layers of ``pruned`` itself are solved, and there is no copy.
@@ -62,16 +66,26 @@ def reconstruct(
     sample = original.data.calibration.take(rows, seed)
     gone = _blocks_gone_since(original, pruned)
     layers = [layer for layer in range(original.structure.num_layers) if layer not in gone]
-    sites = [site for site in result.structure.sites if site.block and site.kind not in {"block", "kv"}]
+    sites = [site for site in result.structure.sites if consumed(site)]
     stream = hidden.kept(original, pruned)
     batches = list(sample.batches(BATCH, tokens=TOKENS))
-    then, now = Replay(original, batches), Replay(result, batches)
+    then, now = Replay(original, batches, fixed=True), Replay(result, batches)
+    last = output_layer.output_layer(result)
+    steps: list[Callable[[], None]] = [
+        partial(_solve, (then, original.structure.site(site.kind, layers[site.layer])), (now, site), ridge, stream)
+        for site in sites
+    ]
+    if not result.structure.stacks:
+        steps += [
+            partial(layerwise.solve, then, now, name, ridge) for name in layerwise.readers(result) if name != last
+        ]
+    if last:
+        steps.append(partial(output_layer.solve, then, now, last))
     with torch.no_grad(), token_merging.unmerged(original.module, result.module):
-        for done, site in enumerate(sites, 1):
-            before = original.structure.site(site.kind, layers[site.layer])
-            _solve((then, before), (now, site), ridge, stream)
+        for done, step in enumerate(steps, 1):
+            step()
             if progress:
-                progress(done, len(sites), "layers solved")
+                progress(done, len(steps), "layers solved")
     return result
 
 
@@ -89,27 +103,15 @@ def _solve(then: tuple[Replay, Site], now: tuple[Replay, Site], ridge: float, st
     """
     consumer = _consumer(*now)
     factored = isinstance(consumer, low_rank.LowRank)
-    weights, bias = consumer.weight if factored else matrix(consumer), consumer.bias
-    held = (weights if bias is None else torch.cat([weights, bias[:, None]], dim=1)).double()
-    gram = held.new_zeros(held.shape[1], held.shape[1])
-    cross = torch.zeros_like(held)
+    sums = Ridge(consumer.weight if factored else matrix(consumer), consumer.bias)
     for batch, inputs, target in _targets(then, now, stream):
         real = padding.real(batch.inputs, inputs, now[1].consumer, row_axis=now[1].row_axis)
         real = torch.ones(inputs.shape[:-1], dtype=torch.bool) if real is None else real
-        features = nn.functional.pad(inputs[real], (0, held.shape[1] - weights.shape[1]), value=1.0).double()
-        gram += features.T @ features
-        cross += target[real].double().T @ features
-    weight = ridge * gram.diagonal().mean()
-    damped = gram.clone()
-    damped.diagonal().add_(weight)
-    solved = torch.linalg.solve(damped, (cross + weight * held).T).T
+        sums.add(inputs[real], target[real])
     if factored:  # of that rank, what comes nearest to the solution (reduced-rank regression)
-        _fit(consumer, solved, gram, weights.shape[1])
-        return
-    solved = solved.to(weights.dtype)
-    weights.copy_(solved[:, : weights.shape[1]])
-    if bias is not None:
-        bias.copy_(solved[:, -1])
+        _fit(consumer, sums.solution(ridge), sums.gram, sums.weight.shape[1])
+    else:
+        sums.solve(ridge)
 
 
 def _targets(

@@ -29,11 +29,12 @@ Found = TypeVar("Found")
 class Replay:
     """Batches of one workload, and what its finished blocks have made of each.
 
-    Weights may change between two passes, but only in the block last visited and in what runs after it.
+    Weights may change between two passes, but only in the block last visited and in what runs after it. Where all stay
+    (``fixed``), the last look into a block is done with it.
     """
 
-    def __init__(self, workload: Workload, batches: Sequence[Batch]) -> None:
-        self.workload, self.batches = workload, batches
+    def __init__(self, workload: Workload, batches: Sequence[Batch], *, fixed: bool = False) -> None:
+        self.workload, self.batches, self.fixed = workload, batches, fixed
         self.blocks = _replayable(workload)
         self.done: list[dict[str, Any]] = [{} for _ in batches]
         """Of each batch what every finished block is to return, by path."""
@@ -41,12 +42,18 @@ class Replay:
     def at(self, site: Site, number: int) -> list[tuple[Tensor, Tensor]]:
         """Of batch ``number`` the input of the site's consumer and the residual sum after it, each [batch, sequence,
         features]: once, or every time that a shared block runs."""
-        return self.through(site.block, number, lambda inputs: _seen(self.workload, site, inputs))
+        last = self.fixed and site == [one for one in self.workload.structure.sites if consumed(one, site.block)][-1]
+        return self.through(
+            site.block, number, lambda inputs: _seen(self.workload, site, inputs, whole=last), last=last
+        )
 
-    def through(self, block: str, number: int, look: Callable[[Mapping[str, Tensor]], Found]) -> Found:
+    def through(
+        self, block: str, number: int, look: Callable[[Mapping[str, Tensor]], Found], *, last: bool = False
+    ) -> Found:
         """What ``look`` returns, which runs the model on the inputs of batch ``number`` into ``block`` or further.
 
-        What it changes for its run, a mask or a weight, must be in that block.
+        What it changes for its run, a mask or a weight, must be in that block. The ``last`` visit of a block is done
+        with it, where it has run to its end.
         """
         module, structure = self.workload.module, self.workload.structure
         known = not block or block in self.blocks
@@ -56,7 +63,8 @@ class Replay:
         with torch.no_grad(), skipped(module, early), recorded(module, structure) as made:
             found = look(self.batches[number].inputs)
         paths = [path for path in made if known and path in self.blocks]
-        before = paths[: paths.index(block)] if block in paths else paths  # a look may end within the block
+        ended = block not in paths  # a look may end within the block
+        before = paths if ended or last else paths[: paths.index(block)]
         done = _furthest(structure, {path: made[path] for path in before})
         if sum(map(_size, [*self.done, done])) <= self.workload.params:
             self.done[number] = done
@@ -95,8 +103,16 @@ class Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass on
     pass
 
 
-def _seen(workload: Workload, site: Site, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The consumer's input and the residual sum after it; the pass ends there, unless the block is shared."""
+def consumed(site: Site, block: str = "") -> bool:
+    """Whether the units of ``site`` have a consumer in a block (in this one) that is solved for them."""
+    return bool(site.block) and site.kind not in {"block", "kv"} and block in {"", site.block}
+
+
+def _seen(
+    workload: Workload, site: Site, inputs: Mapping[str, Tensor], *, whole: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """The consumer's input and the residual sum after it; the pass ends there, or at the end of the ``whole`` block,
+    unless the block is shared."""
     shared = any(stack.shared and site.layer in stack.layers for stack in workload.structure.stacks)
     features: list[Tensor] = []
     sums: list[Tensor] = []
@@ -106,20 +122,22 @@ def _seen(workload: Workload, site: Site, inputs: Mapping[str, Tensor]) -> list[
 
     def keep(stream: Tensor) -> None:
         sums.append(stream)
-        if not shared:
+        if not (shared or whole):
             raise Enough
 
     def next_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         keep(args[0])
 
     def block_output(_: nn.Module, __: Any, output: Any) -> None:
-        keep(first(output))
+        if not site.sum_at:
+            keep(first(output))
+        if whole and not shared:
+            raise Enough
 
     handles = [workload.module.get_submodule(site.consumer).register_forward_pre_hook(consumer_input)]
+    handles.append(workload.module.get_submodule(site.block).register_forward_hook(block_output))
     if site.sum_at:
         handles.append(workload.module.get_submodule(site.sum_at).register_forward_pre_hook(next_input))
-    else:
-        handles.append(workload.module.get_submodule(site.block).register_forward_hook(block_output))
     try:
         workload.forward(inputs)
     except Enough:

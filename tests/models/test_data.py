@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def test_batches_hold_every_row_once_and_pad_with_mask(workload: Any) -> None:
             assert lengths == [len(rows.inputs["input_ids"][row]) for row in batch.rows]
             assert batch.inputs["input_ids"].shape[1] == max(lengths)
         assert sorted(seen) == list(range(len(rows)))
+
+
+def test_printed_rows_and_workloads_are_short(workload: Any) -> None:
+    assert repr(workload.data.calibration) == f"Rows({len(workload.data.calibration)} of input_ids)"
+    assert len(repr(replace(workload, module=torch.nn.Identity(), example={}))) < 20_000
 
 
 @pytest.mark.parametrize("seed", [None, 3])
