@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..models.structure import Structure
 from ..plan import PruningPlan
 
-FORMAT = 6
+FORMAT = 7
 MOST_APART = 1.5
 """How many times larger one of two savings that should be the same can be for the smaller to be believed."""
 

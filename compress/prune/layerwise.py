@@ -64,8 +64,8 @@ def solve(original: Replay, pruned: Replay, path: str, ridge: float) -> None:
         real = padding.real(batch.inputs, wanted, path)
         real = torch.ones(wanted.shape[:-1], dtype=torch.bool, device=wanted.device) if real is None else real
         step = 1 if isinstance(layer, CONVOLUTIONS) else len(inputs)  # the windows of many rows take much room
-        for some, targets, keep in zip(inputs.split(step), wanted.split(step), real.split(step), strict=True):
-            sums.add(columns(layer, some)[keep], targets[keep][:, left])
+        for rows in (slice(start, start + step) for start in range(0, len(inputs), step)):
+            sums.add(columns(layer, inputs[rows])[real[rows]], wanted[rows][real[rows]][:, left])
     sums.solve(ridge)
 
 

@@ -32,7 +32,8 @@ class Ridge:
         weight = strength * self.gram.diagonal().mean()
         damped = self.gram.clone()
         damped.diagonal().add_(weight)
-        return torch.linalg.solve(damped, (self.cross + weight * self.held).T).T
+        solved: Tensor = torch.linalg.solve(damped, (self.cross + weight * self.held).T)
+        return solved.T
 
     def solve(self, strength: float) -> None:
         """Write the solution into the layer."""

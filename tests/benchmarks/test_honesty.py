@@ -307,6 +307,7 @@ def test_intervals_of_percentiles_hold_the_truth(kind: str) -> None:
 def test_offline_is_the_throughput_of_the_whole_run(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     times = whole(DISTRIBUTIONS["bimodal"])
     runs = [synthetic(clock, times), synthetic(clock, times * 2)]
+    monkeypatch.setattr(runner, "SETTLED_NS", 0)  # both settle by one run, so that the same times are left
     found = measured(runs, monkeypatch, scenario="offline", min_queries=1000)
     assert found["per_slice"] == 50
     changes = {"scenario": "offline", "per_slice": 50, "batch": 8}
@@ -368,10 +369,22 @@ def test_artifacts_are_opened_anew_where_that_is_cheap(clock: Clock, monkeypatch
     opened.clear()
     times[0] = 0.001
     monkeypatch.setattr(
-        runner, "open_model", lambda at, *_: opened.append(at) or clock.pass_by(1e9) or synthetic(clock, times)
+        runner, "open_model", lambda at, *_: opened.append(at) or clock.pass_by(1e10) or synthetic(clock, times)
     )
     assert runner.latency(job)["openings"] == 1
     assert opened in ([0, 1], [1, 0])
+
+
+@pytest.mark.parametrize(("takes_ms", "times"), [(0.3, 4), (0.5, 2), (2.0, 1)])
+def test_what_takes_turns_settles_for_a_millisecond_or_once(
+    takes_ms: float, times: int, clock: Clock
+) -> None:
+    ran: list[int] = []
+    runs = [lambda: ran.append(0) or clock.pass_by(takes_ms * 1e6), lambda: ran.append(1) or clock.pass_by(5e6)]
+    samples = runner.interleaved(runs, 30, 60.0)
+    assert [len(taken) for taken in samples] == [30, 30]
+    last = ran[-30 * (times + 3) :]  # what comes before was to warm up
+    assert (last.count(0), last.count(1)) == (30 * (times + 1), 30 * 2)
 
 
 @pytest.mark.parametrize(
