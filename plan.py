@@ -77,6 +77,13 @@ class PruningPlan:
             renumbered.update(Unit(kind, original, index) for index in survivors)
         return PruningPlan(frozenset(renumbered))
 
+    def left(self, earlier: PruningPlan, kind: str, layer: int, count: int) -> list[int]:
+        """Of the ``count`` units that the plan ``earlier`` leaves of a kind in a layer, the places of those that this
+        plan, which takes all that one takes, leaves too."""
+        before, after = (frozenset(plan.indices(kind, layer)) for plan in (earlier, self))
+        survivors = [unit for unit in range(count + len(before)) if unit not in before]
+        return [place for place, unit in enumerate(survivors) if unit not in after]
+
     def to_json(self) -> dict[str, Any]:
         """``{kind: {layer: [index, …]}}``, layers as strings as JSON asks."""
         out: dict[str, dict[str, list[int]]] = {}

@@ -168,6 +168,5 @@ def _after_norm(gates: Tensor, by_row: Any) -> Any:
 
 def kept(original: Workload, pruned: Workload) -> Tensor:
     """Which channels of ``original``'s stream are left in ``pruned``, which was made from it: int64, ascending."""
-    before, after = (set(workload.plan.indices(KIND, LAYER)) for workload in (original, pruned))
-    survivors = [i for i in range(original.structure.hidden_size + len(before)) if i not in before]
-    return torch.tensor([place for place, channel in enumerate(survivors) if channel not in after], dtype=torch.long)
+    left = pruned.plan.left(original.plan, KIND, LAYER, original.structure.hidden_size)
+    return torch.tensor(left, dtype=torch.long)

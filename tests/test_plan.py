@@ -44,6 +44,17 @@ def test_plans_compose(first: PruningPlan, data: st.DataObject) -> None:
     assert _left(model, first.then(second, LAYERS), "head") == _left(left, second, "head")
 
 
+@given(st.sets(st.integers(0, UNITS - 1)), st.data())
+def test_what_a_later_plan_leaves_is_named_by_its_place_before(gone: set[int], data: st.DataObject) -> None:
+    first = PruningPlan.of(Unit("ffn", 2, unit) for unit in gone)
+    survivors = [unit for unit in range(UNITS) if unit not in gone]
+    places = data.draw(st.sets(st.sampled_from(range(len(survivors)))) if survivors else st.just(set()))
+    whole = first.then(PruningPlan.of(Unit("ffn", 2, place) for place in places), LAYERS)
+    left = whole.left(first, "ffn", 2, len(survivors))
+    assert left == [place for place in range(len(survivors)) if place not in places]
+    assert whole.left(PruningPlan(), "ffn", 2, UNITS) == [survivors[place] for place in left]
+
+
 @pytest.mark.parametrize(
     "hostile",
     [

@@ -11,7 +11,7 @@ Source  Channel pruning, He et al. 2017 (arXiv 1707.06168, equation 5: inputs of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ...models import padding
 from ...models.counts import CONVOLUTIONS
 from ...models.layers import columns, matrix
-from ...models.structure import Site
 from ...models.workload import Workload
 from .replay import Enough, Replay
 from .ridge import Ridge
@@ -89,19 +88,10 @@ def _seen(workload: Workload, path: str, inputs: Mapping[str, Tensor]) -> tuple[
 
 def _left(original: Workload, pruned: Workload, path: str) -> Tensor:
     """Which outputs of the original's layer ``path`` the pruned model has left, int64, ascending."""
-    gone = {
-        feature
-        for site in original.structure.sites
-        for cut in site.cuts
-        if (cut.layer, cut.side) == (path, "out")
-        for feature in cut.features(list(_lost(original, pruned, site)))
-    }
-    layer = original.module.get_submodule(path)
-    return torch.tensor([feature for feature in range(matrix(layer).shape[0]) if feature not in gone])
-
-
-def _lost(original: Workload, pruned: Workload, site: Site) -> Iterator[int]:
-    """The units of the original's ``site`` that the pruned model lacks."""
-    before, after = (set(workload.plan.indices(site.kind, site.layer)) for workload in (original, pruned))
-    survivors = [unit for unit in range(site.count + len(before)) if unit not in before]
-    return (place for place, unit in enumerate(survivors) if unit in after)
+    gone: set[int] = set()
+    for site in original.structure.sites:
+        left = pruned.plan.left(original.plan, site.kind, site.layer, site.count)
+        lost = sorted(set(range(site.count)) - set(left))
+        gone.update(*(cut.features(lost) for cut in site.cuts if (cut.layer, cut.side) == (path, "out")))
+    outputs = matrix(original.module.get_submodule(path)).shape[0]
+    return torch.tensor([feature for feature in range(outputs) if feature not in gone])
