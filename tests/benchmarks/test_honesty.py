@@ -376,9 +376,7 @@ def test_artifacts_are_opened_anew_where_that_is_cheap(clock: Clock, monkeypatch
 
 
 @pytest.mark.parametrize(("takes_ms", "times"), [(0.3, 4), (0.5, 2), (2.0, 1)])
-def test_what_takes_turns_settles_for_a_millisecond_or_once(
-    takes_ms: float, times: int, clock: Clock
-) -> None:
+def test_what_takes_turns_settles_for_a_millisecond_or_once(takes_ms: float, times: int, clock: Clock) -> None:
     ran: list[int] = []
     runs = [lambda: ran.append(0) or clock.pass_by(takes_ms * 1e6), lambda: ran.append(1) or clock.pass_by(5e6)]
     samples = runner.interleaved(runs, 30, 60.0)
