@@ -26,18 +26,21 @@ from .replay import Enough, Replay
 from .ridge import Ridge
 
 STRAIGHT = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WIDEST = 8192
+"""Columns of a layer's matrix; with more its Gram matrix would take over 512 MB."""
 
 
 def readers(workload: Workload) -> list[str]:
     """The paths of the linear layers and convolutions that read units, in the order in which they run.
 
-    Without those that run more than once, and without convolutions that do not sum over all of their channels.
+    Without those that run more than once or are wider than ``WIDEST``, and without convolutions that do not sum over
+    all of their channels.
     """
     module = workload.module
     found = {cut.layer for site in workload.structure.sites for cut in site.gates}
     handles, ran = [], Counter[str]()
     for name, layer in module.named_modules():
-        if name in found and _solvable(layer):
+        if name in found and _solvable(layer) and matrix(layer).shape[1] <= WIDEST:
             handles.append(layer.register_forward_hook(lambda *_, name=name: ran.update([name])))
     try:
         with torch.no_grad():

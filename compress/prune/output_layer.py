@@ -37,13 +37,15 @@ from .replay import Replay
 FOLDS = 8
 STRENGTHS = tuple(10.0**power for power in (-6, -5.5, -5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 """λ in units of the largest eigenvalue of Σ z zᵀ."""
+MOST = 1 << 25
+"""Numbers that all sums may hold, 256 MB: those of a thousand classes do, and of a vocabulary do not."""
 
 
 def output_layer(workload: Workload) -> str | None:
     """The path of the linear layer whose output is the answer.
 
-    None where no layer's is, where other modules have its weight too, and for the layer of a vocabulary, whose sums
-    would take the room of many layers.
+    None where no layer's is, where other modules have its weight too, where its sums would be more than ``MOST``, and
+    for models of language.
     """
     if workload.task in {tasks.LANGUAGE, tasks.GENERATION}:
         return None
@@ -53,7 +55,7 @@ def output_layer(workload: Workload) -> str | None:
     own = {
         name: layer
         for name, layer in module.named_modules()
-        if type(layer) is nn.Linear and owners[id(layer.weight)] == 1
+        if type(layer) is nn.Linear and owners[id(layer.weight)] == 1 and _numbers(layer) <= MOST
     }
     handles = [
         layer.register_forward_hook(lambda _, __, output, name=name: made.__setitem__(name, output))
@@ -67,6 +69,11 @@ def output_layer(workload: Workload) -> str | None:
             handle.remove()
     same = [name for name, output in made.items() if torch.equal(output, answer)]
     return same[-1] if same else None
+
+
+def _numbers(layer: nn.Linear) -> int:
+    """How many all folds' sums hold."""
+    return FOLDS * (layer.in_features + layer.out_features) * layer.in_features
 
 
 def solve(original: Replay, pruned: Replay, path: str) -> None:

@@ -101,11 +101,14 @@ class Twice(nn.Module):
         return self.out(self.twice(self.twice(self.into(input).relu()).relu()).relu())
 
 
-def test_layers_that_cannot_be_solved_are_left(with_rows: Callable[..., Any]) -> None:
+def test_layers_that_cannot_be_solved_are_left(with_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     workload = with_rows("wide")
+    assert layerwise.readers(workload) == ["2", "4"]
     gates = (Cut("out", "in", 1), Cut("twice", "in", 1))
     structure = Structure("generic", (), (Site("channel", 0, 8, gates=gates),))
     assert layerwise.readers(replace(workload, module=Twice().double(), structure=structure)) == ["out"]
+    monkeypatch.setattr(layerwise, "WIDEST", 39)
+    assert layerwise.readers(workload) == []
     assert not layerwise._solvable(nn.Conv2d(4, 4, 3, groups=2))
     assert not layerwise._solvable(nn.ConvTranspose2d(4, 4, 3))
     assert layerwise._solvable(nn.Conv1d(4, 4, 3))

@@ -145,6 +145,16 @@ def test_a_weight_that_another_module_has_too_is_left(with_rows: Callable[..., A
     assert output_layer.output_layer(workload) is None
 
 
+def test_sums_that_take_too_much_room_are_not_made(
+    with_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = with_rows("wide")
+    sums = output_layer.FOLDS * (40 + 2) * 40
+    for most, found in ((sums, "4"), (sums - 1, None)):
+        monkeypatch.setattr(output_layer, "MOST", most)
+        assert output_layer.output_layer(workload) == found
+
+
 @pytest.mark.parametrize("rows", [1, output_layer.FOLDS - 1])
 def test_with_fewer_rows_than_folds_nothing_changes(rows: int, with_rows: Callable[..., Any]) -> None:
     workload = with_rows("vit", ROWS)
