@@ -294,7 +294,7 @@ def test_two_processes_train_as_one_and_one_of_them_writes(
     rows = tmp_path / "few.csv"
     rows.write_text("".join(reviews_csv.read_text().splitlines(keepends=True)[:400]))
     job = ["prune", model_folder, "--data", rows, *COLUMNS, "--method", "magnitude", "--recover", "distill"]
-    job += ["--ratio", "head=0.5,ffn=0.8,block=0.34", "--steps", "40", "--lr", "1e-3", "--json", "-o"]
+    job += ["--ratio", "head=0.5,ffn=0.8,block=0.34", "--steps", "60", "--lr", "1e-3", "--json", "-o"]
     alone = edgepress(*job, tmp_path / "alone")
     launch = [sys.executable, "-m", *launcher, "-m", "edgepress"]
     command = [*launch, *map(str, job), str(tmp_path / "both")]
