@@ -85,6 +85,22 @@ def visit(
             handle.remove()
 
 
+def ran(workload: Workload, names: Iterable[str]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    """The answer to the example, and what each of the layers ``names`` makes of it, in the order in which they run and
+    every time that they do."""
+    made: list[tuple[str, Tensor]] = []
+    handles = [
+        workload.module.get_submodule(name).register_forward_hook(lambda *seen, name=name: made.append((name, seen[2])))
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            return workload.forward(workload.example), made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def site_of(workload: Workload, name: str) -> Site:
     """A site of the block that the layer is in, which says how its inputs lie."""
     sites = (site for site in workload.structure.sites if site.block and name.startswith(f"{site.block}."))

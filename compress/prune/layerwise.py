@@ -22,6 +22,7 @@ from ...models import padding
 from ...models.counts import CONVOLUTIONS
 from ...models.layers import columns, matrix
 from ...models.workload import Workload
+from .inputs import ran
 from .replay import Enough, Replay
 from .ridge import Ridge
 
@@ -36,19 +37,14 @@ def readers(workload: Workload) -> list[str]:
     Without those that run more than once or are wider than ``WIDEST``, and without convolutions that do not sum over
     all of their channels.
     """
-    module = workload.module
     found = {cut.layer for site in workload.structure.sites for cut in site.gates}
-    handles, ran = [], Counter[str]()
-    for name, layer in module.named_modules():
-        if name in found and _solvable(layer) and matrix(layer).shape[1] <= WIDEST:
-            handles.append(layer.register_forward_hook(lambda *_, name=name: ran.update([name])))
-    try:
-        with torch.no_grad():
-            workload.forward(workload.example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [name for name, times in ran.items() if times == 1]
+    solvable = [
+        name
+        for name, layer in workload.module.named_modules()
+        if name in found and _solvable(layer) and matrix(layer).shape[1] <= WIDEST
+    ]
+    times = Counter(name for name, _ in ran(workload, solvable)[1])
+    return [name for name, count in times.items() if count == 1]
 
 
 def _solvable(layer: Any) -> bool:

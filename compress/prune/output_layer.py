@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ...models import padding, tasks
 from ...models.workload import Workload
+from .inputs import ran
 from .replay import Replay
 
 FOLDS = 8
@@ -49,25 +50,15 @@ def output_layer(workload: Workload) -> str | None:
     """
     if workload.task in {tasks.LANGUAGE, tasks.GENERATION}:
         return None
-    made: dict[str, Tensor] = {}
     module = workload.module
     owners = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
-    own = {
-        name: layer
+    own = [
+        name
         for name, layer in module.named_modules()
         if type(layer) is nn.Linear and owners[id(layer.weight)] == 1 and _numbers(layer) <= MOST
-    }
-    handles = [
-        layer.register_forward_hook(lambda _, __, output, name=name: made.__setitem__(name, output))
-        for name, layer in own.items()
     ]
-    try:
-        with torch.no_grad():
-            answer = workload.forward(workload.example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    same = [name for name, output in made.items() if torch.equal(output, answer)]
+    answer, made = ran(workload, own)
+    same = [name for name, output in made if torch.equal(output, answer)]
     return same[-1] if same else None
 
 

@@ -132,6 +132,7 @@ def test_only_a_layer_of_its_own_whose_output_is_the_answer_is_solved(with_rows:
     found = {name: output_layer.output_layer(with_rows(name)) for name in ("vit", "cnn", "gpt2", "t5", "bert", "llama")}
     assert found["vit"] == "classifier"
     assert found["cnn"] == "4"
+    assert found["bert"] == "classifier"
     assert not any(found[name] for name in ("gpt2", "t5", "llama"))
 
 
