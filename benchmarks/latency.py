@@ -74,7 +74,7 @@ def measure(
     sequence: int = 128,
     precision: str = "fp32",
     rounds: int = 1000,
-    seconds: float = 1.0,
+    seconds: float = 0.4,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> LatencyTable:

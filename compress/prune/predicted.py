@@ -39,6 +39,7 @@ from ...models.structure import Cut, Site, Structure
 from ...models.surgery import gated
 from ...models.workload import Progress, Workload
 from ..distance import by_class, distance
+from ..memory import give_back
 from ..score.evidence import BATCH, TOKENS, gather
 from ..score.obs import damped
 from ..score.readers import Moments
@@ -161,6 +162,7 @@ def predict(
 
     def done(site: Site, losses: Floats, order: tuple[int, ...]) -> None:
         found[site] = losses, order
+        give_back()
         if progress:
             progress(len(found), len(sites), "layers tried")
 

@@ -6,7 +6,7 @@ What    Layer after layer, the weights of each consumer of pruned units (attenti
         (:mod:`.output_layer`).
 When    Always after pruning: it needs no labels and no training, and it gives distillation a far better start.
 Cost    Each block of both models is run over the rows a few times; memory is one Gram matrix [features, features] in
-        float64, and the states of the rows after one block (:mod:`.replay`).
+        float64, and the states of the rows after one block in half precision (:mod:`.replay`).
 Source  Least-squares mask tuning of Kwon et al. 2022 (arXiv 2204.09656, section 4.3), here over all weights of the
         consumer (He et al. 2017, arXiv 1707.06168) and with the residual stream's own error in the target
 
@@ -34,6 +34,7 @@ from ...models.structure import Site
 from ...models.surgery import prune as copy_of
 from ...models.workload import Progress, Workload
 from ...plan import PruningPlan
+from ..memory import give_back
 from ..score.evidence import TOKENS
 from ..score.readers import Moments
 from . import layerwise, output_layer
@@ -84,6 +85,7 @@ def reconstruct(
     with torch.no_grad(), token_merging.unmerged(original.module, result.module):
         for done, step in enumerate(steps, 1):
             step()
+            give_back()
             if progress:
                 progress(done, len(steps), "layers solved")
     return result

@@ -139,6 +139,33 @@ def test_states_take_no_more_room_than_the_parameters(
     assert not any(plain.done)
 
 
+@pytest.mark.parametrize("largest", [1e-30, 1.0, 1e30])
+def test_states_in_half_precision_are_nearly_the_same(largest: float) -> None:
+    states = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)) * largest
+    states[0] = 0.0
+    kept = replay._halved((states, None, torch.zeros(3)))  # as what a block returns, with what is no state
+    assert kept[0].values.dtype == torch.float16
+    found = replay._restored(kept)
+    assert torch.allclose(found[0], states, rtol=2**-11, atol=1e-9 * largest)
+    assert found[1] is None
+    assert torch.equal(found[2], torch.zeros(3))
+
+
+def test_solutions_in_float32_are_nearly_those_from_the_start(
+    with_rows: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = with_rows("bert")
+    workload.module.float()
+    pruned = _cut(workload)
+    solved = reconstruct(workload, pruned).module.state_dict()
+    _from_the_start(monkeypatch)
+    wanted = reconstruct(workload, pruned).module.state_dict()
+    errors = {
+        name: float((solved[name] - values).norm() / values.norm().clamp(min=1e-9)) for name, values in wanted.items()
+    }
+    assert 0 < max(errors.values()) < 2e-3, errors
+
+
 def test_blocks_that_read_what_an_earlier_one_made_run_from_the_start(with_rows: Callable[[str], Any]) -> None:
     workload = with_rows("gpt2")
 
