@@ -3,7 +3,7 @@
 What    For every site (the heads of a layer, its feed-forward channels, a whole block) the latency by units kept, on
         the target's own runtime, threads, kernels and precision, at one batch and sequence.
 When    Before pruning to a latency: kernels are not linear in the units, so nothing but measuring tells what they save.
-Cost    One export for each kind of unit, and half a second or so for each of about 20 counts of a kind. Cached.
+Cost    One export for each kind of unit, and a second or so for each of about 20 counts of a kind. Cached.
 Source  ZipLM, Kurtic et al. 2023 (arXiv 2302.04089, section 3.2)
 
 All layers that are alike are cut to the same count at once, the model is measured interleaved with the whole one, and

@@ -150,15 +150,18 @@ class Study:
     def run(self) -> None:
         for seed in range(self.options.seeds):
             workload = calibrated(self.workload, self.options.calibration, seed)
-            for name in self.options.contenders:
+            evidence = {
+                name: Once(partial(CONTENDERS[name].prepare, workload, seed, self.bench))
+                for name in self.options.contenders
+            }
+            for name, prepared in evidence.items():
                 if not CONTENDERS[name].heads_needed or workload.structure.of_kind("head"):
-                    self._contender(workload, name, seed)
+                    self._contender(workload, name, seed, prepared)
             if self.options.recover:
-                self._recovered(workload, seed)
+                self._recovered(workload, seed, evidence)
 
-    def _contender(self, workload: Workload, name: str, seed: int) -> None:
+    def _contender(self, workload: Workload, name: str, seed: int, prepared: Once) -> None:
         contender = CONTENDERS[name]
-        prepared = Once(lambda: contender.prepare(workload, seed, self.bench))
         for wanted in self.options.speedups:
             every = [one for one in contender.settings if not self.options.settings or one in self.options.settings]
             settings = [self.best(name, wanted)["setting"]] if seed else every
@@ -178,7 +181,7 @@ class Study:
                 self._append(row)
                 _say(row)
 
-    def _recovered(self, workload: Workload, seed: int) -> None:
+    def _recovered(self, workload: Workload, seed: int, evidence: Mapping[str, Once]) -> None:
         """The best of ours and the best peer of each speedup, after distillation."""
         steps = self.options.recover
         for wanted in self.options.speedups:
@@ -194,10 +197,9 @@ class Study:
                 at_seed = self.find(**{**key, "recover": 0})
                 if self.find(**key) or not at_seed or "failed" in at_seed[0]:
                     continue
-                contender = CONTENDERS[row["contender"]]
-                evidence = contender.prepare(workload, seed, self.bench)
+                cut = CONTENDERS[row["contender"]].settings[row["setting"]]
                 shares = at_seed[0]["channels"], at_seed[0]["heads"]
-                candidate = contender.settings[row["setting"]](workload, evidence, *shares)
+                candidate = cut(workload, evidence[row["contender"]](), *shares)
                 found = Found(*shares, candidate, self.bench.speedup(candidate.cut))
                 finish = Once(partial(_distilled, candidate, workload, steps, seed))
                 recovered = self._row(key, found, finish, {"finish": finish})
