@@ -368,6 +368,8 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
         except OSError:  # it does not read yet
             time.sleep(0.1)
     process.send_signal(signal.SIGINT)
+    if writer is not None:
+        os.close(writer)  # a read that began just before the signal came ends, too
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), err
     assert err == "edgepress: interrupted; finished stages are kept, and --resume goes on from there.\n"
