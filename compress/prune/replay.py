@@ -29,6 +29,10 @@ from ..score.readers import first
 
 Found = TypeVar("Found")
 
+LARGEST = 32768.0
+"""What the largest number of states in half precision is scaled to: below the 65,504 that it holds, and those down to
+2e-9 of it keep all of its digits."""
+
 
 class Replay:
     """Batches of one workload, and what its finished blocks have made of each.
@@ -102,10 +106,6 @@ class _Half:
     values: Tensor
     scale: Tensor
     """What the values are to be multiplied by, a number: the largest of them is ``LARGEST``."""
-
-
-LARGEST = 32768.0
-"""Half precision holds numbers to 65,504, and those down to 2e-9 of this one with all of its digits."""
 
 
 def _halved(output: Any) -> Any:
