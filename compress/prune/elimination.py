@@ -16,7 +16,7 @@ an update of rank |S|,
     V = W - W[:, S] (H⁻¹[S, S])⁻¹ H⁻¹[S, :],    H[K, K]⁻¹ = (H⁻¹ - H⁻¹[:, S] (H⁻¹[S, S])⁻¹ H⁻¹[S, :])[K, K],
 
 and afresh from H and W whenever a quarter of the columns has gone, so that rounding does not pile up. λ is a small
-share of the mean diagonal (:func:`.obs.damped`); it holds the weights where they are, so few tokens cannot make a unit
+share of the mean diagonal (:func:`.cholesky.damp_`); it holds the weights where they are, so few tokens cannot make a unit
 look replaceable.
 
 The layer's error does not know what the task needs of its outputs. With a ``prior`` units are compared by their errors
@@ -25,10 +25,11 @@ times that, the unit's importance by a score; what is told stays the error.
 Of more than 64 units a 64th of those left goes at once, the lowest by their errors one by one, and the error is that of
 all of them together.
 
-Once an order p is chosen, one factorisation has the solutions after every step. With H[p, p] = Rᵀ R, R lower
-triangular, tr((V - W) H (V - W)ᵀ) = ‖R V[:, p]ᵀ - R W[:, p]ᵀ‖². Where the first g columns of V are zero, so are the
-first g rows of R V[:, p]ᵀ: the error is at least what the first g rows of Z = R W[:, p]ᵀ hold, and just that where the
-other rows are met, which a triangular solve does.
+Once an order is chosen, one factorisation has the solutions after every step. Let q name the columns the other way
+round, the last to go first. With H[q, q] = L Lᵀ, L lower triangular, tr((V - W) H (V - W)ᵀ) =
+‖Lᵀ V[:, q]ᵀ - Lᵀ W[:, q]ᵀ‖². Where the first g columns to go are zero in V, the last g of q, so are the last g rows of
+Lᵀ V[:, q]ᵀ: the error is at least what the last g rows of Z = Lᵀ W[:, q]ᵀ hold, and just that where the other rows are
+met, which a triangular solve does.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cholesky import factor_, inverse_
+from ..memory import give_back
 from ..score.obs import errors
 
 AT_ONCE = 64
@@ -57,31 +60,31 @@ class Nested:
     """The best weights of a layer as its columns go in one order, after every step."""
 
     columns: Tensor
-    """The columns, the first to go first: int64 [columns]."""
+    """q, the columns, the last to go first: int64 [columns]."""
     root: Tensor
-    """R, [columns, columns]."""
+    """L, [columns, columns]."""
     target: Tensor
     """Z, [columns, out]."""
 
     @property
     def errors(self) -> Tensor:
         """The mean squared error of the outputs, summed over outputs, by columns gone: float64 [columns + 1]."""
-        return torch.cat([self.target.new_zeros(1), self.target.square().sum(1).cumsum(0)])
+        return torch.cat([self.target.new_zeros(1), self.target.square().sum(1).flip(0).cumsum(0)])
 
     def weights(self, gone: int) -> Tensor:
         """The best weights [out, columns] with zeros for the first ``gone`` columns of the order."""
         found = self.target.new_zeros(self.target.shape[1], len(self.columns))
-        left = torch.linalg.solve_triangular(self.root[gone:, gone:], self.target[gone:], upper=False)
-        found[:, self.columns[gone:]] = left.T
+        left = len(self.columns) - gone
+        solved = torch.linalg.solve_triangular(self.root[:left, :left].mT, self.target[:left], upper=True)
+        found[:, self.columns[:left]] = solved.T
         return found
 
 
 def nested(h: Tensor, weight: Tensor, columns: Tensor) -> Nested:
     """For H [columns, columns] and W [out, columns], both float64, and all ``columns`` in the order they go in."""
     back = columns.flip(0)
-    # a Cholesky factor of the reverse is an upper one
-    root = torch.linalg.cholesky(h[back[:, None], back]).flip(0, 1).T
-    return Nested(columns, root, root @ weight[:, columns].T)
+    root = factor_(h[back[:, None], back])
+    return Nested(back, root, root.mT @ weight[:, back].T)
 
 
 def eliminate(h: Tensor, weight: Tensor, units: Tensor, *, prior: Tensor | None = None) -> Elimination:
@@ -96,14 +99,16 @@ def eliminate(h: Tensor, weight: Tensor, units: Tensor, *, prior: Tensor | None 
     order: list[int] = []
     alive = torch.arange(count)
     here = torch.arange(h.shape[1])  # the columns that the matrices at work have
-    inverse, v = _afresh(h, weight, here)
+    made = weight @ h
+    inverse, v = _afresh(h, made, here)
     while len(alive):
         gone = torch.tensor(order, dtype=torch.int64)
         there = here[~torch.isin(here, units[gone].flatten())]
         if len(there) * 4 <= len(here) * 3:
             here = there
-            del inverse  # before there is a second one
-            inverse, v = _afresh(h, weight, here)
+            del inverse, v  # before there are others
+            give_back()
+            inverse, v = _afresh(h, made, here)
         columns = torch.searchsorted(here, units[alive])
         step = max(1, len(alive) // AT_ONCE)
         first = (errors(inverse, v, columns) * prior[alive]).argsort(stable=True)[:step]
@@ -120,9 +125,7 @@ def eliminate(h: Tensor, weight: Tensor, units: Tensor, *, prior: Tensor | None 
     return Elimination(tuple(order), found)
 
 
-def _afresh(h: Tensor, weight: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
-    """H[K, K]⁻¹ and the solution for the columns K that are ``here``."""
-    if not len(here):
-        return h.new_zeros(0, 0), weight.new_zeros(len(weight), 0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[here[:, None], here] if len(here) < len(h) else h))
-    return inverse, (weight @ h[:, here]) @ inverse
+def _afresh(h: Tensor, made: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+    """H[K, K]⁻¹ and the solution for the columns K that are ``here``; ``made`` is W H."""
+    inverse = inverse_(h[here[:, None], here]) if len(here) else h.new_zeros(0, 0)
+    return inverse, made[:, here] @ inverse

@@ -52,7 +52,7 @@ def _solvable(layer: Any) -> bool:
 
 
 def solve(original: Replay, pruned: Replay, path: str, ridge: float) -> None:
-    """Replace the weights of the pruned model's layer ``path``; ``ridge`` is as :meth:`.Ridge.solution` says."""
+    """Replace the weights of the pruned model's layer ``path``; ``ridge`` is as :meth:`.Ridge.solution_` says."""
     layer: Any = pruned.workload.module.get_submodule(path)
     left = _left(original.workload, pruned.workload, path)
     sums = Ridge(matrix(layer), layer.bias)
@@ -64,7 +64,7 @@ def solve(original: Replay, pruned: Replay, path: str, ridge: float) -> None:
         step = 1 if isinstance(layer, CONVOLUTIONS) else len(inputs)  # the windows of many rows take much room
         for rows in (slice(start, start + step) for start in range(0, len(inputs), step)):
             sums.add(columns(layer, inputs[rows])[real[rows]], wanted[rows][real[rows]][:, left])
-    sums.solve(ridge)
+    sums.solve_(ridge)
 
 
 def _seen(workload: Workload, path: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

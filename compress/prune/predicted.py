@@ -38,10 +38,10 @@ from ...models.layers import matrix
 from ...models.structure import Cut, Site, Structure
 from ...models.surgery import gated
 from ...models.workload import Progress, Workload
+from ..cholesky import damp_
 from ..distance import by_class, distance
 from ..memory import give_back
-from ..score.evidence import BATCH, TOKENS, gather
-from ..score.obs import damped
+from ..score.evidence import gather
 from ..score.readers import Moments
 from ..score.weights import places
 from .budget import choices, fewest, orders, sums
@@ -53,6 +53,9 @@ LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 DUEL = 1 / 4
 """The share of a site's units at which orders are held against each other."""
+
+BATCH, TOKENS = 16, 256
+"""Of a trial."""
 
 LEAST = 1e-3
 """What every unit's prior is at least, in units of its site's mean score."""
@@ -174,8 +177,8 @@ def predict(
     for name, moments in evidence.grams():
         seen[name] = moments
         for site in [site for site, names in waiting.items() if all(name in seen for name in names)]:
-            readers = [_reader(module, site, cut, seen[cut.layer]) for cut in site.gates]
-            done(site, *_best(trials, site, readers, scores[places_of[site]]))
+            own = scores[places_of[site]]
+            done(site, *_best(trials, site, [_reader(module, site, cut, seen[cut.layer]) for cut in site.gates], own))
             del waiting[site]
         needed = {name for names in waiting.values() for name in names}
         seen = {name: moments for name, moments in seen.items() if name in needed}
@@ -186,7 +189,7 @@ def _reader(module: nn.Module, site: Site, cut: Cut, moments: Moments) -> _Reade
     layer: Any = module.get_submodule(cut.layer)
     own, owner = places(layer, site, cut), torch.tensor(site.parts)
     units = tuple(own[owner == unit].flatten().sort().values for unit in range(site.count))
-    h = damped(moments.covariance(centred=layer.bias is not None))
+    h = damp_(moments.covariance(centred=layer.bias is not None))
     return _Reader(layer, h, moments.mean.double(), matrix(layer).detach().double(), units)
 
 

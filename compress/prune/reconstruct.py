@@ -35,14 +35,13 @@ from ...models.surgery import prune as copy_of
 from ...models.workload import Progress, Workload
 from ...plan import PruningPlan
 from ..memory import give_back
-from ..score.evidence import TOKENS
 from ..score.readers import Moments
 from . import layerwise, output_layer
 from .low_rank import fit
 from .replay import Replay, consumed
 from .ridge import Ridge
 
-BATCH = 32
+BATCH, TOKENS = 32, 256
 
 
 def reconstruct(
@@ -111,9 +110,10 @@ def _solve(then: tuple[Replay, Site], now: tuple[Replay, Site], ridge: float, st
         real = torch.ones(inputs.shape[:-1], dtype=torch.bool) if real is None else real
         sums.add(inputs[real], target[real])
     if factored:  # of that rank, what comes nearest to the solution (reduced-rank regression)
-        _fit(consumer, sums.solution(ridge), sums.gram, sums.weight.shape[1])
+        gram = sums.gram.clone()
+        _fit(consumer, sums.solution_(ridge), gram, sums.weight.shape[1])
     else:
-        sums.solve(ridge)
+        sums.solve_(ridge)
 
 
 def _targets(

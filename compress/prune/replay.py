@@ -4,18 +4,18 @@ Of every batch what the furthest finished block of each stack has put out is kep
 it at once, and so do those before it, whose outputs nobody looks at. Layers visited in the order of the blocks then
 cost each block a few times, however deep the model is; from the start, the n-th would cost n blocks.
 
-They are kept in half precision, each tensor scaled to its range: their numbers are right to 0.05 %, which is nothing
-beside what pruning changes, and take half of the memory.
+They wait in a temporary file (:mod:`.spill`): of 512 rows they may be larger than the model.
 
 Not every model can be replayed: a block may read what an earlier one has left in a cache, or a head may read states
 from midway. It is tried on the workload's example, one row, at every block: where the answer is not the same to the
-last bit, all passes run from the start. So do those of batches whose states are beyond the room of the parameters.
+last bit, all passes run from the start. So do those of batches whose states do not fit: into the room of the
+parameters, or on the disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +24,12 @@ from torch import Tensor, nn
 from ...models.data import Batch
 from ...models.structure import Site, Structure
 from ...models.workload import Workload
+from ..memory import give_back
 from ..score.ablation import recorded, skipped
 from ..score.readers import first
+from .spill import Spill, Spilled
 
 Found = TypeVar("Found")
-
-LARGEST = 32768.0
-"""What the largest number of states in half precision is scaled to: below the 65,504 that it holds, and those down to
-2e-9 of it keep all of its digits."""
 
 
 class Replay:
@@ -44,8 +42,11 @@ class Replay:
     def __init__(self, workload: Workload, batches: Sequence[Batch], *, fixed: bool = False) -> None:
         self.workload, self.batches, self.fixed = workload, batches, fixed
         self.blocks = _replayable(workload)
+        self.spill = Spill()
         self.done: list[dict[str, Any]] = [{} for _ in batches]
-        """Of each batch what every finished block is to return, by path."""
+        """Of each batch what every finished block is to return, by path, its tensors spilled."""
+        self.numbers = [0 for _ in batches]
+        """How many numbers that is."""
 
     def at(self, site: Site, number: int) -> list[tuple[Tensor, Tensor]]:
         """Of batch ``number`` the input of the site's consumer and the residual sum after it, each [batch, sequence,
@@ -65,7 +66,7 @@ class Replay:
         """
         module, structure = self.workload.module, self.workload.structure
         known = not block or block in self.blocks
-        early, self.done[number] = _each(_restored, self.done[number]), {}
+        early = _each(Spilled, self.spill.read, self.done[number])
         if block in early or not known:  # the visits are not in the order in which the blocks run, or from the start
             early = {}
         with torch.no_grad(), skipped(module, early), recorded(module, structure) as made:
@@ -73,10 +74,21 @@ class Replay:
         paths = [path for path in made if known and path in self.blocks]
         ended = block not in paths  # a look may end within the block
         before = paths if ended or last else paths[: paths.index(block)]
-        done = _each(_halved, _furthest(structure, {path: made[path] for path in before}))
-        if sum(map(_size, [*self.done, done])) <= self.workload.params:
-            self.done[number] = done
+        done = _furthest(structure, {path: made[path] for path in before})
+        if done.keys() != self.done[number].keys():
+            self._keep(number, done)
+        if number % 8 == 0:
+            give_back()
         return found
+
+    def _keep(self, number: int, outputs: Mapping[str, Any]) -> None:
+        """``outputs`` of batch ``number`` in place of those that are kept, or none where they do not fit."""
+        _each(Spilled, self.spill.free, self.done[number])
+        self.done[number], self.numbers[number] = {}, 0
+        if sum(self.numbers) + _numbers(outputs) <= self.workload.params:
+            with suppress(OSError):
+                self.done[number] = _each(Tensor, self.spill.put, outputs)
+                self.numbers[number] = _numbers(outputs)
 
 
 def _replayable(workload: Workload) -> frozenset[str]:
@@ -101,40 +113,24 @@ def _furthest(structure: Structure, made: Mapping[str, Any]) -> dict[str, Any]:
     return {path: last[stack_of[path]] for path in made}
 
 
-@dataclass(frozen=True)
-class _Half:
-    values: Tensor
-    scale: Tensor
-    """What the values are to be multiplied by, a number: the largest of them is ``LARGEST``."""
+def _each(kind: type, change: Callable[[Any], Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What blocks return, ``outputs`` by path, with all of a ``kind`` in it changed; what several paths share they
+    share still."""
+
+    def changed(output: Any) -> Any:
+        if type(output) is tuple:
+            return tuple(map(changed, output))
+        return change(output) if isinstance(output, kind) else output
+
+    apart = {id(output): output for output in outputs.values()}
+    found = {own: changed(output) for own, output in apart.items()}
+    return {path: found[id(output)] for path, output in outputs.items()}
 
 
-def _halved(output: Any) -> Any:
-    """What a block returned, with its tensors of float32 in half precision."""
-    if type(output) is tuple:
-        return tuple(map(_halved, output))
-    if not isinstance(output, Tensor) or output.dtype != torch.float32 or not output.numel():
-        return output
-    scale = (output.abs().amax() / LARGEST).clamp(min=torch.finfo(output.dtype).tiny)
-    return _Half((output / scale).half(), scale)
-
-
-def _restored(output: Any) -> Any:
-    """What :func:`_halved` was given, nearly."""
-    if type(output) is tuple:
-        return tuple(map(_restored, output))
-    return output.values.float().mul_(output.scale) if isinstance(output, _Half) else output
-
-
-def _each(change: Callable[[Any], Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """``outputs`` by path, changed; what several paths share they share still."""
-    changed = {id(output): change(output) for output in outputs.values()}
-    return {path: changed[id(output)] for path, output in outputs.items()}
-
-
-def _size(outputs: Mapping[str, Any]) -> int:
-    """The numbers in what blocks are to return, each tensor counted once."""
-    found: dict[int, Any] = {id(output): first(output) for output in outputs.values()}
-    return sum((one.values if isinstance(one, _Half) else one).numel() for one in found.values())
+def _numbers(outputs: Mapping[str, Any]) -> int:
+    """The numbers in the states that blocks are to return, each tensor counted once."""
+    found: dict[int, Tensor] = {id(output): first(output) for output in outputs.values()}
+    return sum(state.numel() for state in found.values())
 
 
 class Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass once what it was run for has been seen

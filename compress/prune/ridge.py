@@ -10,34 +10,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..cholesky import factor_
+
 
 class Ridge:
     """The sums of one layer with weights ``weight`` [out, in] and ``bias`` [out] or None, in float64."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        self.held = (weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)).double()
-        """V as it is, [out, in], or [out, in + 1] with a bias."""
-        self.gram = self.held.new_zeros(self.held.shape[1], self.held.shape[1])
-        self.cross = torch.zeros_like(self.held)
+        outputs, inputs = weight.shape
+        columns = inputs if bias is None else inputs + 1
+        self.gram = weight.new_zeros(columns, columns, dtype=torch.float64)
+        self.cross = weight.new_zeros(outputs, columns, dtype=torch.float64)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Take in z [positions, in] and y [positions, out]."""
-        x = nn.functional.pad(inputs, (0, self.held.shape[1] - self.weight.shape[1]), value=1.0).double()
+        x = nn.functional.pad(inputs.double(), (0, len(self.gram) - inputs.shape[1]), value=1.0)
         self.gram.addmm_(x.T, x)
         self.cross.addmm_(targets.double().T, x)
 
-    def solution(self, strength: float) -> Tensor:
-        """V, float64; λ is ``strength`` times the mean diagonal of Σ x xᵀ."""
-        weight = strength * self.gram.diagonal().mean()
-        damped = self.gram.clone()
-        damped.diagonal().add_(weight)
-        solved: Tensor = torch.linalg.solve(damped, (self.cross + weight * self.held).T)
-        return solved.T
+    def solution_(self, strength: float) -> Tensor:
+        """V, float64 [out, in], or [out, in + 1] with a bias; λ is ``strength`` times the mean diagonal of Σ x xᵀ. The
+        sums are used up."""
+        weight = strength * float(self.gram.diagonal().mean())
+        self.gram.diagonal().add_(weight)
+        width = self.weight.shape[1]
+        self.cross[:, :width].add_(self.weight, alpha=weight)
+        if self.bias is not None:
+            self.cross[:, -1].add_(self.bias, alpha=weight)
+        return torch.cholesky_solve(self.cross.T, factor_(self.gram)).T
 
-    def solve(self, strength: float) -> None:
+    def solve_(self, strength: float) -> None:
         """Write the solution into the layer."""
-        solved = self.solution(strength).to(self.weight.dtype)
+        solved = self.solution_(strength)
         self.weight.copy_(solved[:, : self.weight.shape[1]])
         if self.bias is not None:
             self.bias.copy_(solved[:, -1])

@@ -32,7 +32,7 @@ from torch import Tensor
 from ...errors import UsageError
 from ...models.layers import matrix
 from ...models.workload import Progress, Workload
-from ..score.obs import damped
+from ..cholesky import damp_, inverse_
 from ..score.readers import Moments
 from .inputs import linear_layers, moments
 
@@ -122,8 +122,7 @@ def obs(weight: Tensor, moment: Tensor, pattern: Pattern) -> Tensor:
     """``weight`` [out, in] with zeros after ``pattern``, the rest changed so that outputs on inputs with the second
     moment ``moment`` [in, in] change little; both float64."""
     columns = weight.shape[1]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, ridge=RIDGE)))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    factor = torch.linalg.cholesky(inverse_(damp_(moment.clone(), ridge=RIDGE)), upper=True)
     diagonal = factor.diagonal()
     found, kept = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
     step = pattern.group * max(BLOCK // pattern.group, 1) if pattern.group else BLOCK

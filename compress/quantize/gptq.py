@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...plan import Codes
-from ..score.obs import damped
+from ..cholesky import damp_, inverse_
 from . import blocks
 
 RIDGE = 1e-2
@@ -45,8 +45,8 @@ def gptq(
     gram = gram.double()
     plain = blocks.to_nearest(weight.double(), bits=bits, block=block, symmetric=symmetric)
     order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(gram))
-    h = damped(gram, ridge=ridge)[order][:, order]
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    h = damp_(gram[order][:, order], ridge=ridge)
+    factor = torch.linalg.cholesky(inverse_(h), upper=True)
     left = weight.double()[:, order]
     scales, zeros = blocks.grid(weight.double(), bits=bits, block=block, symmetric=symmetric)
     found = torch.empty_like(left)

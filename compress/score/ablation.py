@@ -20,7 +20,7 @@ from ...models.structure import Structure
 from ...models.surgery import gated
 from ...models.token_merging import MergingBlock
 from ...models.workload import Progress, Workload
-from .evidence import BATCH, TOKENS, Evidence
+from .evidence import Evidence, batches
 
 NEEDS = ("rows",)
 
@@ -48,7 +48,7 @@ def changes(
     found = torch.zeros(len(sets), len(rows), dtype=torch.float64)
     gates = torch.ones(structure.num_units).to(next(module.parameters()))
     done = 0
-    for batch in rows.batches(BATCH, tokens=TOKENS):
+    for batch in batches(rows):
         with torch.no_grad():
             with recorded(module, structure) as outputs:
                 whole = workload.losses(batch, seed=seed).double()

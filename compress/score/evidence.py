@@ -24,9 +24,10 @@ from ...models.layers import matrix
 from ...models.statistics import finite
 from ...models.surgery import gated
 from ...models.workload import Progress, Workload, check_finite
+from ..memory import give_back
 from .readers import Moments, Seen, readers, watched
 
-BATCH, TOKENS = 16, 512
+BATCH, TOKENS = 16, 256
 """Rows at a time, and tokens with their padding: activations take no more room for long rows than for short ones."""
 KEPT_ROWS = 1024
 STATISTICS = {
@@ -145,6 +146,15 @@ def gram_groups(workload: Workload) -> list[frozenset[str]]:
     return [frozenset(group) for group in groups if group]
 
 
+def batches(rows: Rows, *, share: float = 1.0) -> Iterator[Batch]:
+    """``rows`` in batches for a pass forward and backward, of ``share`` of the usual size. What they leave free is
+    given back now and then: their sizes differ, so that they leave holes."""
+    for number, batch in enumerate(rows.batches(max(round(share * BATCH), 1), tokens=round(share * TOKENS))):
+        if number % 8 == 0:
+            give_back()
+        yield batch
+
+
 class _Sums:
     """Running sums over rows of gate gradients."""
 
@@ -171,7 +181,7 @@ def _run(
 ) -> None:
     """Everything forward once, and backward where there are ``sums`` to add to."""
     done = 0
-    for batch in rows.batches(BATCH, tokens=TOKENS):
+    for batch in batches(rows):
         seen.inputs = batch.inputs
         fine = True
         if sums is not None:
@@ -186,6 +196,7 @@ def _run(
         done += len(batch.rows)
         if progress:
             progress(done, len(rows), "rows")
+    give_back()
 
 
 @contextmanager

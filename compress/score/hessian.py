@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...models.surgery import gated
-from .evidence import BATCH, TOKENS, Evidence, complaint, frozen, ones
+from .evidence import Evidence, batches, complaint, frozen, ones
 
 NEEDS = ("rows",)
 
@@ -29,7 +29,7 @@ def score(evidence: Evidence, *, probes: int = 1) -> Tensor:
     random = torch.Generator().manual_seed(evidence.seed)
     total = torch.zeros(workload.structure.num_units, dtype=torch.float64)
     done = 0
-    for batch in rows.batches(BATCH // 4, tokens=TOKENS // 4):
+    for batch in batches(rows, share=1 / 4):
         gates = ones(workload, batch)
         # the one attention that can be differentiated twice
         with frozen(workload.module), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...errors import UsageError
 from ...models.structure import Structure
 from ...models.surgery import gated
-from .evidence import BATCH, TOKENS, Evidence, complaint, frozen, ones
+from .evidence import Evidence, batches, complaint, frozen, ones
 
 NEEDS = ("rows",)
 
@@ -42,10 +42,10 @@ def score(evidence: Evidence, *, most: float = 0.5, passes: int = 1) -> Tensor:
     total = torch.zeros(workload.structure.num_units, dtype=torch.float64)
     done = 0
     for _ in range(passes):
-        for batch in rows.batches(BATCH, tokens=TOKENS):
+        for batch in batches(rows):
             gates = ones(workload, batch)
-            share = most * torch.rand(len(gates), 1, generator=random)
-            masked = (torch.rand(gates.shape, generator=random) < share) & maskable
+            drawn = torch.rand(len(gates), gates.shape[1] + 1, generator=random)  # row by row, whatever the batches
+            masked = (drawn[:, 1:] < most * drawn[:, :1]) & maskable
             gates = gates.detach().masked_fill(masked.to(gates.device), 0.0).requires_grad_()
             with frozen(workload.module), torch.enable_grad(), gated(workload.module, workload.structure, gates):
                 (gradient,) = torch.autograd.grad(workload.losses(batch, seed=evidence.seed).sum(), gates)

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from ...models.layers import matrix
+from ..cholesky import RIDGE, damp_, inverse_
 from .evidence import Evidence
 from .weights import places
 
 NEEDS = ("grams", "moves")
-
-RIDGE = 1e-4
 
 
 def score(evidence: Evidence, *, ridge: float = RIDGE) -> Tensor:
@@ -38,7 +37,7 @@ def score(evidence: Evidence, *, ridge: float = RIDGE) -> Tensor:
         reader = module.get_submodule(name)
         weight = matrix(reader).detach().double()
         covariance = moments.covariance(centred=reader.bias is not None)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(covariance, ridge=ridge)))
+        inverse = inverse_(damp_(covariance, ridge=ridge))
         for site, place in structure.slices():
             for cut in site.gates:
                 if cut.layer == name:
@@ -57,23 +56,9 @@ def score(evidence: Evidence, *, ridge: float = RIDGE) -> Tensor:
 def errors(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     """Σ_rows W[:, S] (H⁻¹[S, S])⁻¹ W[:, S]ᵀ from H⁻¹ and W, [units], for the S that each row of ``columns`` [units,
     width] is."""
+    if columns.shape[1] == 1:  # without a copy of W
+        return (torch.linalg.vector_norm(weight, dim=0).square() / inverse.diagonal())[columns[:, 0]]
     own = weight[:, columns].movedim(0, 1)  # [units, out, width]
-    if columns.shape[1] == 1:
-        return own.square().sum(dim=(1, 2)) / inverse.diagonal()[columns[:, 0]]
     between = inverse[columns[:, :, None], columns[:, None, :]]
     solved: Tensor = torch.linalg.solve(between, own, left=False)
     return (own * solved).sum(dim=(1, 2))
-
-
-def damped(h: Tensor, *, ridge: float = RIDGE) -> Tensor:
-    """H + λ I in float64, where λ is ``ridge`` times H's mean diagonal.
-
-    λ grows tenfold until that is positive definite: sums in float32 of inputs that vary in few directions are not.
-    """
-    weight = ridge * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny)
-    found = h.clone()
-    found.diagonal().add_(weight)
-    while torch.linalg.cholesky_ex(found).info and torch.isfinite(weight):
-        weight = 10 * weight
-        found.diagonal().copy_(h.diagonal() + weight)
-    return found

@@ -10,13 +10,13 @@ import edgepress as ep
 import numpy as np
 import pytest
 import torch
+from edgepress.compress.cholesky import damp_
 from edgepress.compress.distance import distance as distance_of
 from edgepress.compress.prune import predicted, replay
 from edgepress.compress.prune.allocate import by_ratio
 from edgepress.compress.prune.budget import choices, fewest
 from edgepress.compress.prune.elimination import AT_ONCE, eliminate, nested
 from edgepress.compress.score.evidence import gather
-from edgepress.compress.score.obs import damped
 from edgepress.compress.score.weights import places
 from edgepress.models import surgery
 from edgepress.models.layers import matrix
@@ -182,7 +182,7 @@ def _solve(module: Any, site: Any, gone: Any, moments: Any) -> None:
         layer = module.get_submodule(cut.layer)
         own, seen = places(layer, site, cut), moments[cut.layer]
         lost = own[torch.isin(owner, torch.tensor(gone))].flatten()
-        h = damped(seen.covariance(centred=layer.bias is not None))
+        h = damp_(seen.covariance(centred=layer.bias is not None))
         kept = torch.tensor([c for c in range(len(h)) if c not in lost.tolist()], dtype=torch.int64)
         with torch.no_grad():
             weight = torch.zeros_like(matrix(layer))
