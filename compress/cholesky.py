@@ -29,7 +29,8 @@ def damp_(h: Tensor, *, ridge: float = RIDGE) -> Tensor:
 def factor_(h: Tensor) -> Tensor:
     """L, lower triangular, with L Lᵀ = H, which is positive definite."""
     turned = h.mT  # the same matrix; column after column LAPACK takes it where it lies
-    return torch.linalg.cholesky(turned, out=turned)
+    torch.linalg.cholesky(turned, out=turned)
+    return turned
 
 
 def inverse_(h: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What pruning costs in memory, stage by stage, as a multiple of the model.
 
-    python benchmarks/studies/pruning_memory.py [--model zoo:minilm-reviews] [--data FILE --columns text=...] [-o out.json]
+    python benchmarks/studies/pruning_memory.py [--model MODEL] [--data FILE --columns text=…] [-o out.json]
 
 In a process of its own the model is loaded, answers one row, and goes through what ``prune --speedup`` does but for the
 latency: scores, predicted losses, the plan that keeps half of the multiply-accumulates, its removal, and the
@@ -20,9 +20,8 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from resource import getpagesize
 from typing import Any, TypeVar
-
-from calibration_memory import resident
 
 Made = TypeVar("Made")
 
@@ -44,7 +43,7 @@ def stages(
     workload = ep.load(model, data, columns=columns) if data else ep.load(model)
     workload.forward(workload.example)
     give_back()
-    loaded = resident()
+    loaded = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * getpagesize()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in workload.module.parameters())
     found: dict[str, Any] = {}
 

@@ -16,8 +16,8 @@ an update of rank |S|,
     V = W - W[:, S] (H⁻¹[S, S])⁻¹ H⁻¹[S, :],    H[K, K]⁻¹ = (H⁻¹ - H⁻¹[:, S] (H⁻¹[S, S])⁻¹ H⁻¹[S, :])[K, K],
 
 and afresh from H and W whenever a quarter of the columns has gone, so that rounding does not pile up. λ is a small
-share of the mean diagonal (:func:`.cholesky.damp_`); it holds the weights where they are, so few tokens cannot make a unit
-look replaceable.
+share of the mean diagonal (:func:`.cholesky.damp_`); it holds the weights where they are, so few tokens cannot make a
+unit look replaceable.
 
 The layer's error does not know what the task needs of its outputs. With a ``prior`` units are compared by their errors
 times that, the unit's importance by a score; what is told stays the error.

@@ -24,7 +24,7 @@ class Spill:
     """An unnamed file in the folder for temporary ones, gone with this object."""
 
     def __init__(self) -> None:
-        self._file = TemporaryFile(buffering=0)
+        self._file = TemporaryFile(buffering=0)  # noqa: SIM115 - open as long as this object is
         self._end = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         """Places that are free, by their bytes: the next tensor of the same size goes there."""
@@ -56,4 +56,4 @@ class Spill:
 
 def _bytes(values: Tensor) -> memoryview:
     """The memory of a tensor that fills it."""
-    return memoryview(values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy())
+    return values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data

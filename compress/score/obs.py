@@ -57,7 +57,8 @@ def errors(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     """Σ_rows W[:, S] (H⁻¹[S, S])⁻¹ W[:, S]ᵀ from H⁻¹ and W, [units], for the S that each row of ``columns`` [units,
     width] is."""
     if columns.shape[1] == 1:  # without a copy of W
-        return (torch.linalg.vector_norm(weight, dim=0).square() / inverse.diagonal())[columns[:, 0]]
+        alone: Tensor = torch.linalg.vector_norm(weight, dim=0).square() / inverse.diagonal()
+        return alone[columns[:, 0]]
     own = weight[:, columns].movedim(0, 1)  # [units, out, width]
     between = inverse[columns[:, :, None], columns[:, None, :]]
     solved: Tensor = torch.linalg.solve(between, own, left=False)
