@@ -1,7 +1,7 @@
 """Cholesky: second moments of a layer's inputs made invertible, factored and inverted in the memory that they lie in.
 
 Of a wide layer one such matrix in float64 may be as large as the layer's weights several times over, so there is no
-second one. A trailing underscore says that the argument is changed.
+second one but while :func:`damp_` tries. A trailing underscore says that the argument is changed.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import sys
 
 
 def give_back() -> None:
-    """Return the holes, where the C library can: it takes some milliseconds, so this is for the ends of long steps."""
+    """Return the holes, where the C library can: it takes some milliseconds, so this is for now and then."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim:

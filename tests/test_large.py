@@ -49,4 +49,5 @@ def test_a_billion_parameters_within_12_gib(tmp_path: Path) -> None:
     assert code == 0, done.stderr
     found = json.loads(done.stderr[done.stderr.index("{") :])
     assert found["params_after"] < 0.7 * found["params_before"]
+    print(f"{found['params_before']:,} parameters: pruned in {peak / 2**30:.1f} GiB")
     assert peak < 12 * 2**30

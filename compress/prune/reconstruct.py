@@ -6,7 +6,7 @@ What    Layer after layer, the weights of each consumer of pruned units (attenti
         (:mod:`.output_layer`).
 When    Always after pruning: it needs no labels and no training, and it gives distillation a far better start.
 Cost    Each block of both models is run over the rows a few times; memory is one Gram matrix [features, features] in
-        float64, and the states of the rows after one block in half precision (:mod:`.replay`).
+        float64, and in a temporary file the states of the rows after one block (:mod:`.replay`).
 Source  Least-squares mask tuning of Kwon et al. 2022 (arXiv 2204.09656, section 4.3), here over all weights of the
         consumer (He et al. 2017, arXiv 1707.06168) and with the residual stream's own error in the target
 

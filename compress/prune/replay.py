@@ -15,7 +15,6 @@ parameters, or on the disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -66,18 +65,18 @@ class Replay:
         """
         module, structure = self.workload.module, self.workload.structure
         known = not block or block in self.blocks
-        early = _each(Spilled, self.spill.read, self.done[number])
-        if block in early or not known:  # the visits are not in the order in which the blocks run, or from the start
-            early = {}
+        # otherwise the visits are not in the order in which the blocks run, or from the start
+        follows = known and block not in self.done[number]
+        early = _each(Spilled, self.spill.read, self.done[number]) if follows else {}
         with torch.no_grad(), skipped(module, early), recorded(module, structure) as made:
             found = look(self.batches[number].inputs)
         paths = [path for path in made if known and path in self.blocks]
         ended = block not in paths  # a look may end within the block
         before = paths if ended or last else paths[: paths.index(block)]
         done = _furthest(structure, {path: made[path] for path in before})
-        if done.keys() != self.done[number].keys():
+        if done.keys() != self.done[number].keys():  # the same blocks have the same states: they are finished
             self._keep(number, done)
-        if number % 8 == 0:
+        if number % 8 == 0:  # batches of other sizes leave holes
             give_back()
         return found
 
@@ -85,10 +84,20 @@ class Replay:
         """``outputs`` of batch ``number`` in place of those that are kept, or none where they do not fit."""
         _each(Spilled, self.spill.free, self.done[number])
         self.done[number], self.numbers[number] = {}, 0
-        if sum(self.numbers) + _numbers(outputs) <= self.workload.params:
-            with suppress(OSError):
-                self.done[number] = _each(Tensor, self.spill.put, outputs)
-                self.numbers[number] = _numbers(outputs)
+        if sum(self.numbers) + _numbers(outputs) > self.workload.params:
+            return
+        put: list[Spilled] = []
+
+        def keep(state: Tensor) -> Spilled:
+            put.append(self.spill.put(state))
+            return put[-1]
+
+        try:
+            self.done[number] = _each(Tensor, keep, outputs)
+            self.numbers[number] = _numbers(outputs)
+        except OSError:
+            for spilled in put:
+                self.spill.free(spilled)
 
 
 def _replayable(workload: Workload) -> frozenset[str]:

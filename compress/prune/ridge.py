@@ -30,8 +30,8 @@ class Ridge:
         self.cross.addmm_(targets.double().T, x)
 
     def solution_(self, strength: float) -> Tensor:
-        """V, float64 [out, in], or [out, in + 1] with a bias; λ is ``strength`` times the mean diagonal of Σ x xᵀ. The
-        sums are used up."""
+        """V, float64 [out, in], or [out, in + 1] with a bias; λ is ``strength``, above 0, times the mean diagonal of
+        Σ x xᵀ. The sums are used up."""
         weight = strength * float(self.gram.diagonal().mean())
         self.gram.diagonal().add_(weight)
         width = self.weight.shape[1]

@@ -27,8 +27,7 @@ def calibrated(
 
     Before the next is asked for, the weights of what reads the tensor, of their block and of what runs after it may be
     changed. A pass runs one block, so all of them cost the model's blocks times the tensors of a block. Memory is one
-    Gram matrix [in, in], and of the rows' hidden states at most the room of the parameters. Raises UsageError where
-    there are no rows.
+    Gram matrix [in, in]; the rows' hidden states wait in a temporary file. Raises UsageError where there are no rows.
     """
     sample = workload.data.calibration.take(rows, seed)
     if not len(sample):

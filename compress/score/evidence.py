@@ -147,8 +147,8 @@ def gram_groups(workload: Workload) -> list[frozenset[str]]:
 
 
 def batches(rows: Rows, *, share: float = 1.0) -> Iterator[Batch]:
-    """``rows`` in batches for a pass forward and backward, of ``share`` of the usual size. What they leave free is
-    given back now and then: their sizes differ, so that they leave holes."""
+    """``rows`` in batches of ``share`` of the usual size. What they leave free is given back now and then: their sizes
+    differ, so that they leave holes."""
     for number, batch in enumerate(rows.batches(max(round(share * BATCH), 1), tokens=round(share * TOKENS))):
         if number % 8 == 0:
             give_back()

@@ -56,7 +56,7 @@ def score(evidence: Evidence, *, ridge: float = RIDGE) -> Tensor:
 def errors(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     """Σ_rows W[:, S] (H⁻¹[S, S])⁻¹ W[:, S]ᵀ from H⁻¹ and W, [units], for the S that each row of ``columns`` [units,
     width] is."""
-    if columns.shape[1] == 1:  # without a copy of W
+    if columns.shape[1] == 1:  # of all columns and then a choice: nothing the size of W is made
         alone: Tensor = torch.linalg.vector_norm(weight, dim=0).square() / inverse.diagonal()
         return alone[columns[:, 0]]
     own = weight[:, columns].movedim(0, 1)  # [units, out, width]
