@@ -21,6 +21,7 @@ from ..plan import PruningPlan
 from . import families, hidden, mapping
 from .counts import CONVOLUTIONS
 from .layers import drop, in_features, tie, tied
+from .memory import give_back
 from .structure import Structure
 from .token_merging import MergingBlock
 from .workload import Workload
@@ -39,6 +40,7 @@ def prune(workload: Workload, plan: PruningPlan, *, in_place: bool = False) -> W
     wanted = _masked_answer(workload, plan)
     module = workload.module if in_place else copy.deepcopy(workload.module)
     remove(module, workload.structure, plan)
+    give_back()  # what has gone lies between what stays
     if wanted is not None:
         _prove(module, workload, wanted)
     family = families.get(workload.structure.family)

@@ -34,11 +34,11 @@ def stages(
     import edgepress as ep
     from edgepress.benchmarks.runner import peak_rss
     from edgepress.compress import score as scores
-    from edgepress.compress.memory import give_back
     from edgepress.compress.prune.budget import by_latency, counted
     from edgepress.compress.prune.predicted import predict
     from edgepress.compress.prune.reconstruct import reconstruct
     from edgepress.models import surgery
+    from edgepress.models.memory import give_back
 
     workload = ep.load(model, data, columns=columns) if data else ep.load(model)
     workload.forward(workload.example)

@@ -39,8 +39,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...models.memory import give_back
 from ..cholesky import factor_, inverse_
-from ..memory import give_back
 from ..score.obs import errors
 
 AT_ONCE = 64

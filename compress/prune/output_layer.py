@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models import padding, tasks
+from ...models.memory import giving_back
 from ...models.workload import Workload
 from .inputs import ran
 from .replay import Replay
@@ -116,7 +117,7 @@ def _sums(original: Replay, pruned: Replay, path: str, layer: nn.Linear) -> list
     folds = [
         _Sums(like.new_zeros(width, width), like.new_zeros(outputs, width), like.new_zeros(())) for _ in range(FOLDS)
     ]
-    for number, batch in enumerate(pruned.batches):
+    for number, batch in giving_back(enumerate(pruned.batches), every=4):
         wanted = original.through("", number, original.workload.forward)
         features, found = pruned.through("", number, lambda inputs: _seen(pruned.workload, path, inputs))
         real = padding.real(batch.inputs, found)

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 from ...models.data import Batch
 from ...models.layers import matrix
+from ...models.memory import give_back, giving_back
 from ...models.structure import Cut, Site, Structure
 from ...models.surgery import gated
 from ...models.workload import Progress, Workload
 from ..cholesky import damp_
 from ..distance import by_class, distance
-from ..memory import give_back
 from ..score.evidence import gather
 from ..score.readers import Moments
 from ..score.weights import places
@@ -256,7 +256,8 @@ class _Trials:
         mask[[place.start + unit for unit in gone]] = 0.0
         total, count = 0.0, 0
         with torch.no_grad(), _holding(changed), gated(module, structure, mask):
-            for number, (batch, wanted) in enumerate(zip(self.replay.batches, self.wanted, strict=True)):
+            trials = zip(self.replay.batches, self.wanted, strict=True)
+            for number, (batch, wanted) in giving_back(enumerate(trials)):
                 forward = self.workload.forward
                 found = self.replay.through(site.block, number, forward) if site.block else forward(batch.inputs)
                 total += float(distance(wanted, found, batch, by_class=self.by_class).sum())

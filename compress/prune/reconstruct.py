@@ -30,11 +30,11 @@ from ...errors import UsageError
 from ...models import hidden, low_rank, padding, token_merging
 from ...models.data import Batch
 from ...models.layers import matrix
+from ...models.memory import give_back, giving_back
 from ...models.structure import Site
 from ...models.surgery import prune as copy_of
 from ...models.workload import Progress, Workload
 from ...plan import PruningPlan
-from ..memory import give_back
 from ..score.readers import Moments
 from . import layerwise, output_layer
 from .low_rank import fit
@@ -127,7 +127,7 @@ def _targets(
     scale = pruned.workload.module.get_parameter(site.scaled_by) if site.scaled_by else 1.0
     block = pruned.workload.structure.find("block", site.layer)
     turned_round = block is not None and block.row_axis != site.row_axis
-    for number, batch in enumerate(pruned.batches):
+    for number, batch in giving_back(enumerate(pruned.batches), every=4):
         for (read, wanted), (inputs, found) in zip(original.at(before, number), pruned.at(site, number), strict=True):
             made = _consumer(pruned, site)(inputs)
             error = _left(wanted, found, stream) - found

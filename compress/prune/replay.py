@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ...models.data import Batch
 from ...models.structure import Site, Structure
 from ...models.workload import Workload
-from ..memory import give_back
 from ..score.ablation import recorded, skipped
 from ..score.readers import first
 from .spill import Spill, Spilled
@@ -76,8 +75,6 @@ class Replay:
         done = _furthest(structure, {path: made[path] for path in before})
         if done.keys() != self.done[number].keys():  # the same blocks have the same states: they are finished
             self._keep(number, done)
-        if number % 8 == 0:  # batches of other sizes leave holes
-            give_back()
         return found
 
     def _keep(self, number: int, outputs: Mapping[str, Any]) -> None:
@@ -126,14 +123,15 @@ def _each(kind: type, change: Callable[[Any], Any], outputs: Mapping[str, Any]) 
     """What blocks return, ``outputs`` by path, with all of a ``kind`` in it changed; what several paths share they
     share still."""
 
-    def changed(output: Any) -> Any:
-        if type(output) is tuple:
-            return tuple(map(changed, output))
-        return change(output) if isinstance(output, kind) else output
-
     apart = {id(output): output for output in outputs.values()}
-    found = {own: changed(output) for own, output in apart.items()}
+    found = {own: _changed(kind, change, output) for own, output in apart.items()}
     return {path: found[id(output)] for path, output in outputs.items()}
+
+
+def _changed(kind: type, change: Callable[[Any], Any], output: Any) -> Any:
+    if type(output) is tuple:
+        return tuple(_changed(kind, change, part) for part in output)
+    return change(output) if isinstance(output, kind) else output
 
 
 def _numbers(outputs: Mapping[str, Any]) -> int:

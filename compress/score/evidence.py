@@ -4,8 +4,8 @@ Each row has gates of its own, all at one, so that one backward pass gives the g
 unit's gate; no gradient of a weight is computed. Hooks on the layers that read units see what these are given. What is
 kept are running means, whose size depends on the model and not on the number of rows.
 
-Gram matrices are the one large part. They may take half the room of the parameters; where they need more, they are
-gathered a group at a time in forward passes of their own (:meth:`Evidence.grams`).
+Gram matrices are the one large part. They may take a quarter of the room of the parameters; where they need more, they
+are gathered a group at a time in forward passes of their own (:meth:`Evidence.grams`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ...errors import InputError
 from ...models.data import Batch, Rows
 from ...models.gates import open_gates
 from ...models.layers import matrix
+from ...models.memory import give_back, giving_back
 from ...models.statistics import finite
 from ...models.surgery import gated
 from ...models.workload import Progress, Workload, check_finite
-from ..memory import give_back
 from .readers import Moments, Seen, readers, watched
 
 BATCH, TOKENS = 16, 256
@@ -131,9 +131,9 @@ def complaint(workload: Workload, batch: Batch, *, seed: int) -> InputError:
 
 
 def gram_groups(workload: Workload) -> list[frozenset[str]]:
-    """The readers, in groups whose Gram matrices take no more than half the room of the parameters; at least one in
+    """The readers, in groups whose Gram matrices take at most a quarter of the room of the parameters; one or more in
     each."""
-    room = workload.params // 2
+    room = workload.params // 4
     groups: list[set[str]] = [set()]
     used = 0
     for name in readers(workload.structure):
@@ -147,12 +147,8 @@ def gram_groups(workload: Workload) -> list[frozenset[str]]:
 
 
 def batches(rows: Rows, *, share: float = 1.0) -> Iterator[Batch]:
-    """``rows`` in batches of ``share`` of the usual size. What they leave free is given back now and then: their sizes
-    differ, so that they leave holes."""
-    for number, batch in enumerate(rows.batches(max(round(share * BATCH), 1), tokens=round(share * TOKENS))):
-        if number % 8 == 0:
-            give_back()
-        yield batch
+    """``rows`` in batches of ``share`` of the usual size."""
+    return giving_back(rows.batches(max(round(share * BATCH), 1), tokens=round(share * TOKENS)))
 
 
 class _Sums:

@@ -5,8 +5,8 @@ What    The mean squared error of the output of the layer that reads a unit, onc
         block has nothing left to make up for it: mean |block(x) - x|^2.
 When    Before reconstruction, which does that solving: units that others can replace score low whatever their size.
 Cost    One forward pass over the rows and tokens * columns^2 for each reader, and the inverse of a float64 matrix
-        [columns, columns]. Gram matrices take at most half the room of the parameters: where all of them need more, the
-        readers are visited in groups, each in a forward pass of its own.
+        [columns, columns]. Gram matrices take at most a quarter of the room of the parameters: where all of them need
+        more, the readers are visited in groups, each in a forward pass of its own.
 Source  Hassibi & Stork 1993 (optimal brain surgeon); Kurtic et al. 2023, "ZipLM: Inference-Aware Structured Pruning of
         Language Models", arXiv 2302.04089, equations 2 and 3; with the bias solved too, as reconstruction does
 
