@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ...models.data import Batch
 from ...models.layers import matrix
-from ...models.memory import give_back, giving_back
+from ...models.memory import give_back
 from ...models.structure import Cut, Site, Structure
 from ...models.surgery import gated
 from ...models.workload import Progress, Workload
@@ -54,7 +54,7 @@ LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 DUEL = 1 / 4
 """The share of a site's units at which orders are held against each other."""
 
-BATCH, TOKENS = 16, 256
+BATCH, TOKENS = 16, 512
 """Of a trial."""
 
 LEAST = 1e-3
@@ -256,8 +256,7 @@ class _Trials:
         mask[[place.start + unit for unit in gone]] = 0.0
         total, count = 0.0, 0
         with torch.no_grad(), _holding(changed), gated(module, structure, mask):
-            trials = zip(self.replay.batches, self.wanted, strict=True)
-            for number, (batch, wanted) in giving_back(enumerate(trials)):
+            for number, (batch, wanted) in enumerate(zip(self.replay.batches, self.wanted, strict=True)):
                 forward = self.workload.forward
                 found = self.replay.through(site.block, number, forward) if site.block else forward(batch.inputs)
                 total += float(distance(wanted, found, batch, by_class=self.by_class).sum())

@@ -7,9 +7,12 @@ A layer without a bias gets none: x = z.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from ...errors import InputError
 from ..cholesky import factor_
 
 
@@ -31,8 +34,12 @@ class Ridge:
 
     def solution_(self, strength: float) -> Tensor:
         """V, float64 [out, in], or [out, in + 1] with a bias; λ is ``strength``, above 0, times the mean diagonal of
-        Σ x xᵀ. The sums are used up."""
-        weight = strength * float(self.gram.diagonal().mean())
+        Σ x xᵀ. The sums are used up. Raises InputError where they are not finite."""
+        weight = strength * float(self.gram.diagonal().mean()) or 1.0  # where all inputs were zero, V stays as it is
+        if not math.isfinite(weight):
+            raise InputError(
+                "A layer is given NaN or infinite numbers on the calibration rows, so it cannot be solved."
+            )
         self.gram.diagonal().add_(weight)
         width = self.weight.shape[1]
         self.cross[:, :width].add_(self.weight, alpha=weight)
