@@ -55,7 +55,7 @@ def solve(original: Replay, pruned: Replay, path: str, ridge: float) -> None:
     """Replace the weights of the pruned model's layer ``path``; ``ridge`` is as :meth:`.Ridge.solution_` says."""
     layer: Any = pruned.workload.module.get_submodule(path)
     left = _left(original.workload, pruned.workload, path)
-    sums = Ridge(matrix(layer), layer.bias)
+    sums = Ridge(path, matrix(layer), layer.bias)
     for batch in pruned.batches:
         _, wanted = _seen(original.workload, path, batch.inputs)
         inputs, _ = _seen(pruned.workload, path, batch.inputs)

@@ -104,7 +104,7 @@ def _solve(then: tuple[Replay, Site], now: tuple[Replay, Site], ridge: float, st
     """
     consumer = _consumer(*now)
     factored = isinstance(consumer, low_rank.LowRank)
-    sums = Ridge(consumer.weight if factored else matrix(consumer), consumer.bias)
+    sums = Ridge(now[1].consumer, consumer.weight if factored else matrix(consumer), consumer.bias)
     for batch, inputs, target in _targets(then, now, stream):
         real = padding.real(batch.inputs, inputs, now[1].consumer, row_axis=now[1].row_axis)
         real = torch.ones(inputs.shape[:-1], dtype=torch.bool) if real is None else real

@@ -122,7 +122,6 @@ def _furthest(structure: Structure, made: Mapping[str, Any]) -> dict[str, Any]:
 def _each(kind: type, change: Callable[[Any], Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
     """What blocks return, ``outputs`` by path, with all of a ``kind`` in it changed; what several paths share they
     share still."""
-
     apart = {id(output): output for output in outputs.values()}
     found = {own: _changed(kind, change, output) for own, output in apart.items()}
     return {path: found[id(output)] for path, output in outputs.items()}

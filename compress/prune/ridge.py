@@ -17,10 +17,10 @@ from ..cholesky import factor_
 
 
 class Ridge:
-    """The sums of one layer with weights ``weight`` [out, in] and ``bias`` [out] or None, in float64."""
+    """The sums of the layer ``name`` with weights ``weight`` [out, in] and ``bias`` [out] or None, in float64."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
+        self.name, self.weight, self.bias = name, weight, bias
         outputs, inputs = weight.shape
         columns = inputs if bias is None else inputs + 1
         self.gram = weight.new_zeros(columns, columns, dtype=torch.float64)
@@ -38,7 +38,7 @@ class Ridge:
         weight = strength * float(self.gram.diagonal().mean()) or 1.0  # where all inputs were zero, V stays as it is
         if not math.isfinite(weight):
             raise InputError(
-                "A layer is given NaN or infinite numbers on the calibration rows, so it cannot be solved."
+                f"'{self.name}' is given NaN or infinite numbers on the calibration rows, so it cannot be solved."
             )
         self.gram.diagonal().add_(weight)
         width = self.weight.shape[1]

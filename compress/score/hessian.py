@@ -29,7 +29,7 @@ def score(evidence: Evidence, *, probes: int = 1) -> Tensor:
     random = torch.Generator().manual_seed(evidence.seed)
     total = torch.zeros(workload.structure.num_units, dtype=torch.float64)
     done = 0
-    for batch in batches(rows, share=1 / 4):
+    for batch in batches(rows, share=1 / 2):
         gates = ones(workload, batch)
         # the one attention that can be differentiated twice
         with frozen(workload.module), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():

@@ -12,7 +12,7 @@ STRENGTH = 1e-2
 
 
 def _sums(layer: nn.Linear, inputs: Tensor, targets: Tensor) -> Ridge:
-    sums = Ridge(layer.weight, layer.bias)
+    sums = Ridge("block.out", layer.weight, layer.bias)
     for part, wanted in zip(inputs.split(7), targets.split(7), strict=True):
         sums.add(part, wanted)
     return sums
@@ -38,5 +38,5 @@ def test_inputs_that_are_zero_leave_the_weights_and_those_that_are_not_finite_ar
     before = layer.weight.clone()
     _sums(layer, torch.zeros(20, 5), torch.ones(20, 3)).solve_(STRENGTH)
     torch.testing.assert_close(layer.weight, before)
-    with pytest.raises(InputError, match="NaN or infinite"):
+    with pytest.raises(InputError, match=r"'block\.out' is given NaN or infinite"):
         _sums(layer, torch.full((20, 5), torch.inf), torch.ones(20, 3)).solve_(STRENGTH)
